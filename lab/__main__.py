@@ -1,0 +1,216 @@
+"""Command line of the lab: `python3 -m lab COMMAND`; the Makefile's targets call it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+from lab import controller, engine, image, machine
+from lab.console import LabError, fail, run, say, step
+
+EXAMPLE = {"data": [0.2, 0.6]}
+
+
+def up(wanted: machine.Machine) -> None:
+    """From nothing to a served prediction: engine, environment, machine, site.yml, one request, a summary."""
+    start = time.monotonic()
+    engine.ensure()
+    environment = _start_environment("controller")
+    lab = machine.create(wanted)
+    _finish_environment(environment)
+    unreachable = _state(lab)["grafana_unreachable"]
+    if unreachable:
+        _warn_about_grafana(lab, unreachable)
+    with step("Provisioning the lab with playbooks/site.yml"):
+        playbook(lab, "site")
+    with step("Opening the tunnel to Prometheus, and sending a prediction through nginx"):
+        machine.open_tunnel(lab)
+        answer, headers = _predict(lab)
+    status = json.loads(run(machine.ssh(lab, "sudo appliance status --json")).splitlines()[-1])
+    say(_summary(lab, status, answer, headers, unreachable, time.monotonic() - start))
+
+
+def playbook(lab: machine.Machine, name: str, *arguments: str) -> None:
+    """Run one of the playbooks against the lab, its output passed through.
+
+    :raises LabError: when it fails; its own last lines say why.
+    """
+    command = [str(controller.VENV / "bin/ansible-playbook"), f"playbooks/{name}.yml", *arguments]
+    environment = {**os.environ, "LAB_NAME": lab.name, "PATH": f"{controller.VENV / 'bin'}:{os.environ['PATH']}"}
+    result = subprocess.run(command, cwd=controller.PROJECT, env=environment, check=False)
+    if result.returncode != 0:
+        raise LabError(f"playbooks/{name}.yml ended with exit status {result.returncode}; the reason stands above.")
+
+
+def down(name: str) -> None:
+    """Remove what `up` made on this machine: the lab, its images, a Docker daemon that it started."""
+    if not (machine.STATE / name).exists():
+        say(f"There is no lab named '{name}': nothing to remove.")
+        return
+    with step(f"Removing the lab '{name}'"):
+        machine.destroy(machine.Machine(name=name))
+        if machine.STATE.exists() and not any(machine.STATE.iterdir()):
+            machine.STATE.rmdir()
+            image.remove_all()
+    engine.stop_if_ours()
+    say("Removed. The virtual environment stays in .venv; delete the directory if you don't want it.")
+
+
+def _start_environment(kind: str) -> subprocess.Popen[bytes]:
+    """Install the environment beside the machine's creation: the two wait for different things."""
+    return subprocess.Popen([sys.executable, "-m", "lab", "environment", kind], cwd=controller.PROJECT)
+
+
+def _finish_environment(process: subprocess.Popen[bytes]) -> None:
+    if process.wait() != 0:
+        raise LabError("The Python environment could not be installed; the reason stands above.")
+
+
+def _state(lab: machine.Machine) -> dict:
+    return json.loads((lab.directory / "lab.json").read_text())
+
+
+def _predict(lab: machine.Machine) -> tuple[str, dict[str, str]]:
+    url = f"http://127.0.0.1:{lab.edge_port}/predict"
+    request = urllib.request.Request(  # noqa: S310 - loopback only
+        url, data=json.dumps(EXAMPLE).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+            return response.read().decode().strip(), dict(response.headers)
+    except urllib.error.URLError as error:
+        body = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
+        raise LabError(f"POST {url} failed: {error} {body}\nLook with `make status` and `make shell`.") from error
+
+
+def _warn_about_grafana(lab: machine.Machine, reason: str) -> None:
+    line = "!" * 100
+    say(
+        f"{line}\n!!  GRAFANA IS LEFT OUT. The lab can't reach {lab.grafana_repository}: {reason}\n"
+        "!!  Everything else is installed. With a mirror: make up LAB_GRAFANA_REPOSITORY=http://mirror/grafana\n" + line
+    )
+
+
+def _summary(lab, status: dict, answer: str, headers: dict[str, str], unreachable: str, seconds: float) -> str:
+    live, idle = status["live"], status["idle"]
+
+    def release(colour: str) -> str:
+        entry = status["colours"][colour]
+        return f"{entry['model']} {entry['version']}, release {entry['release']}, {entry['status']}"
+
+    edge = f"http://127.0.0.1:{lab.edge_port}"
+    variable = "" if lab.name == "appliance" else f" LAB_NAME={lab.name}"
+    return f"""
+The appliance is up ({seconds:.0f} s).
+
+  live   {live:6} {release(live)}
+  idle   {idle:6} {release(idle)}
+
+  POST {edge}/predict       {json.dumps(EXAMPLE)} -> {answer}   (answered by {headers.get("X-Model-Colour")})
+  POST {edge}/test/predict  the idle colour
+  Prometheus                            http://127.0.0.1:{lab.prometheus_port}
+  Grafana                               {"left out: its repository can't be reached" if unreachable else "on the lab's 127.0.0.1:3000"}
+
+Try next:
+  curl -X POST {edge}/predict -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'
+  make swap{variable}       make the idle colour live, without losing a request
+  make rollback{variable}   and back
+  make status{variable}     which colour is production?
+  make shell{variable}      a shell on the host
+  make down{variable}       remove the lab
+"""
+
+
+def _machine_from(arguments: argparse.Namespace) -> machine.Machine:
+    return machine.Machine(
+        name=arguments.name,
+        suite=arguments.suite,
+        mirror=arguments.mirror,
+        ssh_port=arguments.ssh_port,
+        edge_port=arguments.edge_port,
+        prometheus_port=arguments.prometheus_port,
+        grafana_repository=arguments.grafana_repository,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python3 -m lab", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    def named(name: str, text: str) -> argparse.ArgumentParser:
+        sub = command(name, text)
+        sub.add_argument("--name", default=os.environ.get("LAB_NAME") or "appliance", help="which lab [LAB_NAME]")
+        return sub
+
+    defaults = machine.Machine(name="")
+    for name, text in (
+        ("up", "create and provision the lab, and send a prediction"),
+        ("create", "create and boot a lab machine without provisioning it"),
+    ):
+        sub = named(name, text)
+        ports = {"ssh_port": 2222, "edge_port": 8080, "prometheus_port": 9090} if name == "up" else {}
+        for field, text_, kind in (
+            ("suite", "Debian release: " + ", ".join(image.SUITES), str),
+            ("mirror", "Debian mirror", str),
+            ("grafana_repository", "Grafana's apt repository", str),
+            ("ssh_port", "port on 127.0.0.1 for SSH; 0 = any free one", int),
+            ("edge_port", "port on 127.0.0.1 for nginx; 0 = any free one", int),
+            ("prometheus_port", "port on 127.0.0.1 for the tunnel to Prometheus", int),
+        ):
+            variable = f"LAB_{field.upper()}"
+            default = os.environ.get(variable) or ports.get(field, getattr(defaults, field))
+            sub.add_argument(
+                f"--{field.replace('_', '-')}", type=kind, default=kind(default), help=f"{text_} [{variable}]"
+            )
+    sub = named("play", "run a playbook against the lab")
+    sub.add_argument("playbook", help="its name, for example swap")
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, help="passed to ansible-playbook")
+    named("shell", "open a shell on the lab machine").add_argument("remote", nargs="*", help="or run this there")
+    named("restart", "reboot the lab machine")
+    named("down", "remove the lab machine")
+    command("environment", "install the pinned Python environment").add_argument("kind", choices=controller.LOCKS)
+    command("engine", "make sure that a Docker engine answers")
+    return parser
+
+
+def main() -> int:
+    """Run one command; return the exit status."""
+    arguments = _parser().parse_args()
+    try:
+        match arguments.command:
+            case "up":
+                up(_machine_from(arguments))
+            case "create":
+                engine.ensure()
+                machine.create(_machine_from(arguments))
+            case "play":
+                playbook(machine.load(arguments.name), arguments.playbook, *arguments.arguments)
+            case "shell":
+                lab = machine.load(arguments.name)
+                os.execvp("ssh", machine.ssh(lab, *arguments.remote))
+            case "restart":
+                machine.restart(machine.load(arguments.name))
+            case "down":
+                down(arguments.name)
+            case "environment":
+                controller.ensure_environment(arguments.kind)
+            case "engine":
+                engine.ensure()
+    except LabError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return fail(LabError("interrupted; run the same command again to go on."))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What the controller itself needs and has: its virtual environments, and how it reaches package indexes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lab import engine
+from lab.console import LabError, run, step, succeeds
+
+PROJECT = Path(__file__).resolve().parent.parent
+VENV = PROJECT / ".venv"
+LOCKS = {
+    "controller": [PROJECT / "requirements/controller.txt"],
+    "dev": [PROJECT / "requirements/controller.txt", PROJECT / "requirements/dev.txt", PROJECT / "service/requirements.txt"],
+}
+
+
+def ensure_environment(kind: str) -> None:
+    """Bring the virtual environment `.venv` to the hash-locked state of `controller` or `dev`.
+
+    `dev` contains `controller`, so a later request for the smaller one finds it satisfied.
+    """
+    if sys.version_info < (3, 11):
+        raise LabError(f"Python 3.11 or later is needed, this is {sys.version.split()[0]} ({sys.executable}).")
+    if _satisfied(kind) or (kind == "controller" and _satisfied("dev")):
+        return
+    with step(f"Installing the pinned Python environment ({kind}) in .venv"):
+        python = VENV / "bin/python"
+        if not succeeds([python, "-m", "pip", "--version"]):
+            shutil.rmtree(VENV, ignore_errors=True)
+            if not succeeds([sys.executable, "-c", "import ensurepip"]):
+                engine.apt_install("python3-venv")
+            run([sys.executable, "-m", "venv", VENV])
+        for lock in LOCKS[kind]:
+            # Compiling everything costs more time than the few modules that are used ever will.
+            install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--require-hashes", "-r", lock]
+            run([*install, "--disable-pip-version-check"])
+        for name in LOCKS:
+            _stamp(name).unlink(missing_ok=True)
+        _stamp(kind).write_text(_digest(kind))
+
+
+def package_sources() -> dict[str, object]:
+    """How this machine reaches package indexes, for handing on to a host that has to reach the same ones.
+
+    Returns `ca_bundle` (path or empty), `pip_index_url`, `pip_extra_index_urls`, `pip_find_links` (URLs, or directories
+    on this machine). Indexes on this machine's own disk are left out: a host can't see them.
+    """
+    settings = _pip_settings()
+    extra = [url for url in settings.get("extra-index-url", "").split() if urlsplit(url).scheme != "file"]
+    candidates = [os.environ.get(name, "") for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")]
+    bundle = next((path for path in [settings.get("cert", ""), *candidates] if path and Path(path).is_file()), "")
+    return {
+        "ca_bundle": bundle,
+        "pip_index_url": settings.get("index-url", ""),
+        "pip_extra_index_urls": extra,
+        "pip_find_links": settings.get("find-links", "").split(),
+        "mtu": default_route_mtu(),
+    }
+
+
+def default_route_mtu() -> int:
+    """Packet size in bytes of the interface that carries the default route; 1500 where that can't be told."""
+    try:
+        routes = Path("/proc/net/route").read_text().splitlines()[1:]
+        interface = next(row.split()[0] for row in routes if row.split()[1] == "00000000")
+        return int(Path(f"/sys/class/net/{interface}/mtu").read_text())
+    except (OSError, StopIteration, ValueError):
+        return 1500
+
+
+def _pip_settings() -> dict[str, str]:
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
+    settings: dict[str, str] = {}
+    # Later lines win, as they do for pip: files first, then the environment.
+    for line in sorted(listing.splitlines(), key=lambda text: text.startswith(":env:")):
+        key, _, value = line.partition("=")
+        settings[key.rsplit(".", 1)[-1]] = value.strip("'\"").replace("\\n", " ")
+    return settings
+
+
+def _satisfied(kind: str) -> bool:
+    try:
+        return _stamp(kind).read_text() == _digest(kind) and (VENV / "bin/python").exists()
+    except FileNotFoundError:
+        return False
+
+
+def _stamp(kind: str) -> Path:
+    return VENV / f".{kind}.sha256"
+
+
+def _digest(kind: str) -> str:
+    return hashlib.sha256(b"".join(lock.read_bytes() for lock in LOCKS[kind])).hexdigest()
