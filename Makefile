@@ -1,0 +1,56 @@
+# The two commands are `make up` and `make test`; `make help` lists the rest.
+# Variables: LAB_NAME, LAB_SUITE (trixie, bookworm), LAB_EDGE_PORT, LAB_PROMETHEUS_PORT, LAB_SSH_PORT,
+#            LAB_DEBIAN_MIRROR, LAB_GRAFANA_REPOSITORY. Example: make up LAB_EDGE_PORT=8081
+SHELL := /bin/bash
+PYTHON ?= python3
+LAB := $(PYTHON) -m lab
+BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help up status swap rollback shell down test lint unit molecule load bench lock
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+up: ## create the lab, provision it with playbooks/site.yml, and send a prediction
+	@$(LAB) up
+
+status: ## which colour is production?
+	@$(LAB) play status
+
+swap: ## make the idle colour live
+	@$(LAB) play swap
+
+rollback: ## go back to the colour that was live before
+	@$(LAB) play rollback
+
+shell: ## open a shell on the lab's host
+	@$(LAB) shell
+
+down: ## remove what `make up` made
+	@$(LAB) down
+
+test: lint unit molecule ## run everything: lint, unit tests, Molecule and the swap under load
+	@echo "make test: everything passed."
+
+environment:
+	@$(LAB) environment dev
+
+lint: environment ## ansible-lint, yamllint, ruff
+	ruff check .
+	ruff format --check .
+	yamllint --strict .
+	ansible-lint --strict
+
+unit: environment ## tests that need no host
+	pytest
+
+molecule: environment ## the roles and playbooks on Debian 13, then on Debian 12
+	$(LAB) engine
+	LAB_NAME=$${LAB_NAME:-molecule}-trixie LAB_SUITE=trixie molecule test --all --report
+	LAB_NAME=$${LAB_NAME:-molecule}-bookworm LAB_SUITE=bookworm molecule test --scenario-name default --report
+
+lock: ## write the hash-locked requirements anew
+	tools/lock

@@ -1,0 +1,19 @@
+"""Mistakes in an inventory are refused before anything is touched."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("edge_max_body_byte=5", ["edge_max_body_byte", "roles/edge/defaults"]),
+        ("model_wokers=3", ["model_wokers", "roles/model/defaults"]),
+        ("rollout_initial_colour=red", ["rollout_initial_colour", "red"]),
+        ("model_workers=many", ["model_workers", "many"]),
+    ],
+)
+def test_a_mistake_is_named(playbook, setting, words):
+    result = playbook("site", "-e", setting, "--check")
+    assert result.returncode != 0
+    for word in words:
+        assert word in result.stdout + result.stderr
