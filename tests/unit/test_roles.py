@@ -1,4 +1,4 @@
-"""The roles hold to their habits: defaults and argument specs agree, names carry the role's prefix, templates render."""
+"""The roles hold to their habits: defaults and argument specs agree, names carry the role's prefix."""
 
 from pathlib import Path
 
@@ -22,7 +22,9 @@ def spec(role):
 class TestRole:
     def test_defaults_and_argument_specs_agree(self, role):
         defaults = load(role / "defaults/main.yml")
-        assert {name: option["default"] for name, option in spec(role).items() if not option.get("required")} == defaults
+        assert {
+            name: option["default"] for name, option in spec(role).items() if not option.get("required")
+        } == defaults
 
     def test_every_argument_is_described(self, role):
         assert all(option.get("description") and option.get("type") for option in spec(role).values())

@@ -1,0 +1,75 @@
+"""Settings, all from environment variables named ``MODEL_*``."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_COLOURS = ("blue", "green", "none")
+# sun_path holds 108 bytes, the closing zero included.
+_LONGEST_SOCKET_PATH = 107
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message names the variable, its value and what is accepted."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one container. Sizes are in bytes, times in seconds."""
+
+    colour: str
+    release: str
+    workers: int
+    bundle_dir: Path
+    socket_dir: Path
+    max_body_bytes: int
+    queue_limit: int
+    drain_seconds: int
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> "Config":
+        """Read the settings; an unset or empty variable takes its default. Raises ConfigError."""
+        colour = environ.get("MODEL_COLOUR") or "none"
+        if colour not in _COLOURS:
+            raise ConfigError(f"MODEL_COLOUR is {colour!r}; it must be one of {', '.join(_COLOURS)}")
+        config = cls(
+            colour=colour,
+            release=environ.get("MODEL_RELEASE") or "",
+            workers=_whole(environ, "MODEL_WORKERS", len(os.sched_getaffinity(0)), 1, 64),
+            bundle_dir=Path(environ.get("MODEL_BUNDLE_DIR") or "/bundle"),
+            socket_dir=Path(environ.get("MODEL_SOCKET_DIR") or "/run/appliance"),
+            max_body_bytes=_whole(environ, "MODEL_MAX_BODY_BYTES", 1_048_576, 1, 1 << 30),
+            # Each waiting request holds a thread of its worker, hence the upper bound.
+            queue_limit=_whole(environ, "MODEL_QUEUE_LIMIT", 64, 1, 512),
+            drain_seconds=_whole(environ, "MODEL_DRAIN_SECONDS", 25, 0, 3600),
+        )
+        longest = os.fsencode(config.worker_socket(config.workers - 1))
+        if len(longest) > _LONGEST_SOCKET_PATH:
+            raise ConfigError(
+                f"MODEL_SOCKET_DIR is {config.socket_dir}; socket paths in it are longer than "
+                f"{_LONGEST_SOCKET_PATH} bytes, choose a shorter directory"
+            )
+        return config
+
+    @property
+    def control_socket(self) -> Path:
+        """Where health and metrics are answered."""
+        return self.socket_dir / "control.sock"
+
+    @property
+    def startup_error_file(self) -> Path:
+        """Where the reason goes when a bundle is rejected."""
+        return self.socket_dir / "startup_error.json"
+
+    def worker_socket(self, index: int) -> Path:
+        """Where worker ``index`` (from 0) answers predictions."""
+        return self.socket_dir / f"worker-{index}.sock"
+
+
+def _whole(environ: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = environ.get(name) or str(default)
+    # isascii too: int() would also take digits of other scripts.
+    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+        raise ConfigError(f"{name} is {text!r}; it must be a whole number from {low} to {high}")
+    return int(text)

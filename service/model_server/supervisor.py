@@ -1,0 +1,289 @@
+"""The parent: loads the model, forks the other processes, replaces those that die, and ends them in order.
+
+It stays single-threaded and serves nothing itself, so that it can fork safely at any time.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model_server.bundle import Bundle
+from model_server.config import Config
+from model_server.control import run_control
+from model_server.logs import Log
+from model_server.metrics import Metrics
+from model_server.state import Phase, SharedState
+
+_BACKLOG = 1024
+_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
+# While the first workers start; afterwards signals and back-offs alone wake the parent.
+_STARTING_TURN_SECONDS = 0.02
+# Given to workers beyond their drain before they are killed.
+_KILL_MARGIN_SECONDS = 2.0
+_CONTROL_STOP_SECONDS = 3.0
+
+
+@dataclass
+class Backoff:
+    """How long to wait before a replacement: not at all the first time, then ever longer, up to ten seconds.
+
+    A process that has lived for a minute counts as sound again.
+    """
+
+    FIRST_SECONDS = 0.25
+    LONGEST_SECONDS = 10.0
+    STABLE_SECONDS = 60.0
+
+    failures: int = 0
+
+    def next_delay(self, lived_seconds: float) -> float:
+        """Seconds to wait, given how long the process lived that has just died."""
+        if lived_seconds >= self.STABLE_SECONDS:
+            self.failures = 0
+        self.failures += 1
+        if self.failures == 1:
+            return 0.0
+        # The exponent is bounded too: a float overflows after a thousand failures.
+        return min(self.FIRST_SECONDS * 2 ** min(self.failures - 2, 16), self.LONGEST_SECONDS)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One role, filled by one process after the other."""
+
+    role: str
+    listener: socket.socket
+    path: Path
+    run: Callable[[], None]
+    worker: int | None = None
+    pid: int | None = None
+    started: float = 0.0
+    due: float = 0.0
+    backoff: Backoff = field(default_factory=Backoff)
+
+    def close(self) -> None:
+        """Make sure that nobody connects any more."""
+        self.path.unlink(missing_ok=True)
+        self.listener.close()
+
+
+class Supervisor:
+    """Runs the processes of one container."""
+
+    def __init__(self, config: Config, bundle: Bundle, metrics: Metrics, metrics_directory: str, log: Log) -> None:
+        self._config = config
+        self._bundle = bundle
+        self._metrics = metrics
+        self._metrics_directory = metrics_directory
+        self._log = log
+        self._state = SharedState(config.workers)
+        self._slots: list[_Slot] = []
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises BundleError; no worker socket exists then."""
+        # A process in a container has no default reaction to a signal, and loading may take long.
+        signal.signal(signal.SIGTERM, _exit_at_once)
+        signal.signal(signal.SIGINT, _exit_at_once)
+        try:
+            # Before PyTorch is imported: the control process needs none of it, and health can say "starting".
+            self._slots.append(self._control_slot())
+            self._start(self._slots[0])
+            started = time.monotonic()
+            self._load_workers()
+            loaded = time.monotonic() - started
+            self._log.info("model_loaded", f"{self._bundle.label} is loaded", seconds=round(loaded, 3))
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            for slot in self._slots[1:]:
+                self._start(slot)
+            self._supervise()
+            self._stop()
+        finally:
+            self._end_everything()
+
+    def _control_slot(self) -> _Slot:
+        path = self._config.control_socket
+        listener = _listen(path)
+
+        def run() -> None:
+            run_control(
+                listener, self._config, self._bundle, self._metrics, self._metrics_directory, self._state, self._log
+            )
+
+        return _Slot("control", listener, path, run)
+
+    def _load_workers(self) -> None:
+        # Imported here and not above: with the import starts PyTorch, which the control process is to do without.
+        from model_server.model import load
+        from model_server.worker import run_worker
+
+        model = load(self._bundle)
+
+        def slot(index: int) -> _Slot:
+            path = self._config.worker_socket(index)
+            listener = _listen(path)
+
+            def run() -> None:
+                run_worker(
+                    index, listener, model, self._config, self._bundle, self._metrics, self._state, self._log
+                )
+
+            return _Slot(f"worker-{index}", listener, path, run, worker=index)
+
+        # All of them before the first fork, so that each child can close those of the others.
+        for index in range(self._config.workers):
+            self._slots.append(slot(index))
+
+    def _start(self, slot: _Slot) -> None:
+        parent = os.getpid()
+        slot.started = time.monotonic()
+        slot.pid = os.fork()
+        if slot.pid == 0:
+            self._become(slot, parent)
+
+    def _become(self, slot: _Slot, parent: int) -> None:
+        """The life of a child, from the fork to its end."""
+        status = 1
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # An interrupt from a terminal reaches every process; the parent alone decides what it means.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            _die_with(parent)
+            for other in self._slots:
+                if other is not slot:
+                    other.listener.close()
+            self._metrics.become(slot.role)
+            slot.run()
+            status = 0
+        except BaseException as error:
+            self._log.error("process_failed", f"{slot.role} failed", error)
+        finally:
+            # Not sys.exit: what the parent has on its stack is the parent's to finish.
+            os._exit(status)
+
+    def _supervise(self) -> None:
+        while True:
+            self._announce_start()
+            due = [slot.due for slot in self._slots if slot.pid is None]
+            timeout = max(0.0, min(due) - time.monotonic()) if due else 3600.0
+            if self._state.phase is Phase.STARTING:
+                timeout = min(timeout, _STARTING_TURN_SECONDS)
+            received = signal.sigtimedwait(_SIGNALS, timeout)
+            if received is not None and received.si_signo in (signal.SIGTERM, signal.SIGINT):
+                return
+            for slot in self._reap():
+                self._plan_replacement(slot)
+            now = time.monotonic()
+            for slot in self._slots:
+                if slot.pid is None and slot.due <= now:
+                    if slot.worker is not None:
+                        self._state.count_restart()
+                    self._start(slot)
+
+    def _announce_start(self) -> None:
+        if self._state.phase is Phase.STARTING and self._state.ready == self._state.wanted:
+            self._state.phase = Phase.SERVING
+            self._config.startup_error_file.unlink(missing_ok=True)
+            self._log.info("ready", f"{self._bundle.label} is ready with {self._state.wanted} workers")
+
+    def _plan_replacement(self, slot: _Slot) -> None:
+        lived = time.monotonic() - slot.started
+        delay = slot.backoff.next_delay(lived)
+        slot.due = time.monotonic() + delay
+        self._log.error(
+            "process_died",
+            f"{slot.role} died after {lived:.1f} s and is replaced in {delay:g} s",
+            role=slot.role,
+            lived_seconds=round(lived, 3),
+            delay_seconds=delay,
+        )
+
+    def _reap(self) -> list[_Slot]:
+        """Bury the dead; the slots that are empty now."""
+        empty = []
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return empty
+            if pid == 0:
+                return empty
+            for slot in self._slots:
+                if slot.pid == pid:
+                    slot.pid = None
+                    if slot.worker is not None:
+                        self._state.set_ready(slot.worker, False)
+                    self._metrics.forget(slot.role)
+                    empty.append(slot)
+
+    def _stop(self) -> None:
+        self._state.phase = Phase.DRAINING
+        self._log.info("draining", "accepted requests are finished, new ones are refused")
+        workers = [slot for slot in self._slots if slot.worker is not None]
+        # First out of everybody's reach, so that a worker which has emptied its backlog knows it has seen all.
+        for slot in workers:
+            slot.close()
+        self._end(workers, self._config.drain_seconds + _KILL_MARGIN_SECONDS)
+        self._end([slot for slot in self._slots if slot.worker is None], _CONTROL_STOP_SECONDS)
+        self._log.info("stopped", f"{self._bundle.label} is stopped")
+
+    def _end(self, slots: list[_Slot], seconds: float) -> None:
+        """Ask the processes to end and kill those that are still there after ``seconds``."""
+        self._signal(slots, signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while any(slot.pid is not None for slot in slots) and (left := deadline - time.monotonic()) > 0:
+            signal.sigtimedwait((signal.SIGCHLD,), left)
+            self._reap()
+        self._signal(slots, signal.SIGKILL)
+
+    def _end_everything(self) -> None:
+        self._signal(self._slots, signal.SIGKILL)
+        for slot in self._slots:
+            if slot.pid is not None:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(slot.pid, 0)
+            slot.close()
+        self._metrics.remove_files()
+
+    @staticmethod
+    def _signal(slots: list[_Slot], number: int) -> None:
+        for slot in slots:
+            if slot.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(slot.pid, number)
+
+
+def remove_stale_sockets(directory: Path) -> None:
+    """Remove what a killed container left behind. Raises OSError."""
+    for path in (*directory.glob("worker-*.sock"), directory / "control.sock"):
+        path.unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # The mode is set at creation: between bind and a chmod anybody could connect.
+    mask = os.umask(0o117)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def _exit_at_once(*_: object) -> None:
+    raise SystemExit(0)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies; a worker alone would hold its socket for ever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

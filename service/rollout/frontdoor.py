@@ -1,0 +1,132 @@
+"""The front door: what a client of the appliance sees."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from rollout.errors import ApplianceError, Refused
+from rollout.text import tidy
+from rollout.unixhttp import Answer, ExchangeError, exchange
+
+
+class WrongAnswer(ApplianceError):
+    """The front door answered otherwise than it should."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a successful verification measured."""
+
+    first_ms: float | None
+    """Milliseconds from the switch to the first answer of the new colour; None where there was no switch."""
+    requests: int
+
+
+class FrontDoor:
+    """`POST /predict` through nginx; `timeout` in seconds for one request."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url = url
+        self._parts = urlsplit(url)
+        self._timeout = timeout
+
+    def _connection(self) -> http.client.HTTPConnection:
+        host, port = self._parts.hostname or "", self._parts.port
+        if self._parts.scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=self._timeout)
+        context = ssl.create_default_context()
+        try:
+            loopback = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            loopback = host == "localhost"
+        if loopback:
+            # The certificate is made out to the public name; on loopback there is nobody in between to guard against.
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=context)
+
+    def _ask(self, connection: http.client.HTTPConnection, body: bytes, request_id: str) -> Answer:
+        headers = {"Content-Type": "application/json", "X-Request-ID": request_id}
+        try:
+            return exchange(connection, "POST", f"{self._parts.path}/predict", body, headers, timeout=self._timeout)
+        except PermissionError as error:
+            raise ExchangeError(str(error)) from None
+
+    def open_held(self, body: bytes) -> http.client.HTTPConnection:
+        """Open a connection and use it once, as a client does that has been there since before the switch.
+
+        The answer may be anything: a swap away from a dead colour must be possible. Raises Refused where nobody
+        answers at all, since then no switch could be verified.
+        """
+        connection = self._connection()
+        try:
+            answer = self._ask(connection, body, "appliance-before")
+            if answer.closes:
+                connection.connect()
+        except (ExchangeError, OSError) as error:
+            connection.close()
+            raise Refused(
+                f"the front door {self.url} doesn't answer: {tidy(error)}; start nginx first: systemctl status nginx"
+            ) from None
+        # From here on a closed connection is a finding, not a reason to open another one.
+        connection.auto_open = 0
+        return connection
+
+    def verify(
+        self,
+        colour: str,
+        body: bytes,
+        count: int,
+        held: http.client.HTTPConnection,
+        since: float | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Verification:
+        """Send `count` requests on fresh connections and `count` on `held`; each must be a 200 of `colour`.
+
+        `since` is the monotonic time of the switch in seconds; `between` is called before each request. Raises
+        WrongAnswer at the first answer that isn't, because every further second on a broken colour costs requests.
+        """
+        first_ms = None
+        for number in range(1, count + 1):
+            between()
+            fresh = self._connection()
+            try:
+                self._expect(colour, fresh, body, f"fresh connection {number} of {count}", f"fresh-{number}")
+            finally:
+                fresh.close()
+            if first_ms is None and since is not None:
+                first_ms = round((time.monotonic() - since) * 1000, 1)
+        for number in range(1, count + 1):
+            between()
+            self._expect(colour, held, body, f"request {number} of {count} on a held connection", f"held-{number}")
+        return Verification(first_ms, 2 * count)
+
+    def answers_as(self, colour: str, body: bytes) -> str | None:
+        """What is wrong with one answer on a fresh connection, or None."""
+        connection = self._connection()
+        try:
+            self._expect(colour, connection, body, "fresh connection", "after")
+        except WrongAnswer as fault:
+            return fault.message
+        finally:
+            connection.close()
+        return None
+
+    def _expect(self, colour: str, connection: http.client.HTTPConnection, body: bytes, what: str, mark: str) -> None:
+        try:
+            answer = self._ask(connection, body, f"appliance-{mark}")
+        except ExchangeError as error:
+            raise WrongAnswer(f"{self.url}/predict, {what}: no answer: {tidy(error)}") from None
+        got = answer.headers.get("x-model-colour")
+        if answer.status != 200 or got != colour:
+            text = "" if answer.status == 200 else f": {tidy(answer.body.decode(errors='replace'), 200)}"
+            raise WrongAnswer(
+                f"{self.url}/predict, {what}: {answer.status} from {tidy(got, 40) if got else 'no colour'} "
+                f"instead of 200 from {colour}{text}"
+            )

@@ -1,0 +1,125 @@
+"""systemctl, docker and journalctl, called without a shell and never for longer than a time limit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from rollout.errors import Failed, Refused
+from rollout.text import tidy
+
+_QUERY_SECONDS = 30.0
+_PROPERTIES = "ActiveState,SubState,Result,ExecMainStatus,InvocationID,NRestarts"
+
+
+def run(command: list[str], timeout: float = _QUERY_SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run a program found on PATH; `timeout` in seconds. Raises Failed where it is missing or takes too long."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise Failed(f"{command[0]} isn't on PATH: install it, or run on the appliance's host")
+    try:
+        # A session of its own: Ctrl-C is for the engine, which decides what has to be finished first.
+        return subprocess.run(
+            [program, *command[1:]],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"'{' '.join(command)}' didn't end within {timeout:g} s") from None
+    except OSError as error:
+        raise Failed(f"'{' '.join(command)}' can't be run: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What systemd says about a unit."""
+
+    active: str
+    sub: str
+    result: str
+    exit_status: str
+    invocation: str
+    restarts: int
+
+    def describe(self) -> str:
+        """The state in words for a message."""
+        return f"unit is {self.active} ({self.sub}), result {self.result}, exit status {self.exit_status}"
+
+
+def unit_state(unit: str) -> Unit:
+    """Ask systemd about a unit. Raises Failed."""
+    answer = run(["systemctl", "show", "-p", _PROPERTIES, unit])
+    if answer.returncode != 0:
+        raise Failed(f"'systemctl show {unit}' failed: {tidy(answer.stderr) or f'exit status {answer.returncode}'}")
+    values = dict(line.partition("=")[::2] for line in answer.stdout.splitlines())
+    restarts = values.get("NRestarts", "")
+    return Unit(
+        active=values.get("ActiveState", "") or "unknown",
+        sub=values.get("SubState", "") or "unknown",
+        result=values.get("Result", "") or "unknown",
+        exit_status=values.get("ExecMainStatus", "") or "unknown",
+        invocation=values.get("InvocationID", ""),
+        restarts=int(restarts) if restarts.isdigit() else 0,
+    )
+
+
+def restart_unit(unit: str, timeout: float) -> str | None:
+    """Restart a unit; `timeout` in seconds. Returns systemd's complaint, or None. Raises Failed."""
+    # After several failed starts systemd refuses any further one until the counter is reset.
+    run(["systemctl", "reset-failed", unit])
+    answer = run(["systemctl", "restart", unit], timeout)
+    return None if answer.returncode == 0 else tidy(answer.stderr) or f"exit status {answer.returncode}"
+
+
+def stop_unit(unit: str, timeout: float) -> None:
+    """Stop a unit; `timeout` in seconds. Raises Failed."""
+    answer = run(["systemctl", "stop", unit], timeout)
+    if answer.returncode != 0:
+        raise Failed(f"'systemctl stop {unit}' failed: {tidy(answer.stderr)}")
+
+
+def unit_enabled(unit: str) -> bool:
+    """Whether the unit starts at boot. Raises Failed."""
+    return run(["systemctl", "is-enabled", unit]).stdout.strip() == "enabled"
+
+
+def enable_unit(unit: str) -> None:
+    """Make the unit start at boot. Raises Failed."""
+    answer = run(["systemctl", "enable", unit])
+    if answer.returncode != 0:
+        raise Failed(f"'systemctl enable {unit}' failed: {tidy(answer.stderr)}")
+
+
+def last_journal_line(unit: str, since: float) -> str | None:
+    """The last thing that the unit's own process said since `since` (seconds since the epoch), or None."""
+    # The unit's process, not systemd's remarks about it: those only repeat the state.
+    match = f"_SYSTEMD_UNIT={unit}"
+    try:
+        answer = run(["journalctl", match, "-n", "1", "-o", "cat", "--no-pager", "--quiet", f"--since=@{int(since)}"])
+    except Failed:
+        return None
+    lines = [line for line in answer.stdout.splitlines() if line.strip()]
+    if answer.returncode != 0 or not lines:
+        return None
+    try:
+        return tidy(json.loads(lines[-1])["message"])
+    except (ValueError, KeyError, TypeError):
+        return tidy(lines[-1])
+
+
+def image_id(image: str) -> str:
+    """The id of an image on this host. Raises Refused where there is none, Failed where docker can't say."""
+    answer = run(["docker", "image", "inspect", "--format", "{{.Id}}", image])
+    if answer.returncode == 0 and answer.stdout.strip():
+        return answer.stdout.strip()
+    complaint = tidy(answer.stderr)
+    if "no such image" in complaint.lower() or "no such object" in complaint.lower():
+        raise Refused(f"the image {image} isn't on this host: build or load it first")
+    raise Failed(f"docker can't say whether the image {image} exists: {complaint}; is the docker service running?")

@@ -1,0 +1,524 @@
+"""The commands: what is checked, in which order things change, and what is put back when something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rollout import audit, bundles, host
+from rollout.bundles import Example
+from rollout.colour import HEALTHY, Colour
+from rollout.config import Config
+from rollout.errors import (
+    ApplianceError,
+    Failed,
+    Interrupted,
+    LockHeld,
+    NeedsRoot,
+    NotHealthy,
+    Refused,
+    UsageError,
+    describe_os_error,
+)
+from rollout.frontdoor import FrontDoor, Verification
+from rollout.interrupts import Interrupts
+from rollout.lock import exclusive
+from rollout.releases import IMAGE, Release, Releases
+from rollout.report import Result, history_lines, progress, status_table
+from rollout.routing import Routing, RoutingBroken, State
+from rollout.text import now
+
+
+class Engine:
+    """The commands of `appliance`. Each returns a Result or raises ApplianceError or OSError.
+
+    `who` and `reason` go into every record; `lock_wait` is in seconds.
+    """
+
+    def __init__(self, config: Config, who: str, reason: str | None = None, lock_wait: float = 0.0) -> None:
+        self.config = config
+        self.who = who
+        self.reason = reason
+        self.lock_wait = lock_wait
+        self.routing = Routing(config.routing_dir, config.colours)
+        self.releases = Releases(config.releases_dir, config.config_dir)
+        self.front_door = FrontDoor(config.front_door, config.request_timeout_seconds)
+        self.interrupts = Interrupts()
+
+    def colour(self, name: str) -> Colour:
+        """One of the configured colours. Raises UsageError."""
+        if name not in self.config.colours:
+            raise UsageError(f"there is no colour {name}: choose {' or '.join(self.config.colours)}")
+        return Colour(self.config, self.releases, name)
+
+    # Commands that only look.
+
+    def status(self) -> Result:
+        """Live colour, versions, health; exit status 3 where the live colour isn't healthy."""
+        try:
+            state, broken = self.routing.read(), None
+        except RoutingBroken as fault:
+            state, broken = None, fault.message
+        live = state.live if state else None
+        colours = {name: self.colour(name).describe() for name in self.config.colours}
+        about = colours[live] if live else None
+        if about is None:
+            message = broken or "no colour is live: deploy a release and run 'appliance init COLOUR'"
+        else:
+            release = f"release {about['release']}" if about["release"] else "no release"
+            reason = f" ({about['reason']})" if about["reason"] else ""
+            message = f"{live} is live: {about['model']} {about['version']}, {release}, {about['status']}{reason}"
+        healthy = about is not None and about["status"] in HEALTHY
+        return Result(
+            message=message,
+            ok=healthy,
+            exit_status=0 if healthy else 3,
+            details={
+                "live": live,
+                "idle": self.config.other(live) if live else None,
+                "previous": state.previous if state else None,
+                "state": state.number if state else None,
+                "since": state.since if state else None,
+                "colours": colours,
+            },
+            lines=status_table(colours, live),
+        )
+
+    def verify(self) -> Result:
+        """Check the live colour: health, examples, front door. Raises NotHealthy, NeedsRoot."""
+        try:
+            state = self.routing.read()
+            if state is None:
+                raise NotHealthy("no colour is live: deploy a release and run 'appliance init COLOUR'")
+            release, examples = self._check(state.live, HEALTHY)
+            body = _request_body(examples)
+            held = self.front_door.open_held(body)
+            try:
+                found = self.front_door.verify(state.live, body, self.config.verify_requests, held)
+            finally:
+                held.close()
+        except (NeedsRoot, NotHealthy):
+            raise
+        except ApplianceError as fault:
+            raise NotHealthy(fault.message) from fault
+        return Result(
+            f"{state.live} is live and well: {_title(release)}; {len(examples)} examples reproduce, "
+            f"{found.requests} requests through {self.config.front_door} verified",
+            details={"live": state.live, "release": release.number, "requests": found.requests},
+        )
+
+    def history(self, last: int) -> Result:
+        """The last `last` entries of the audit log, oldest first."""
+        entries = audit.read(self.config.audit_file, last)
+        return Result(
+            f"{len(entries)} entries", details={"entries": entries}, lines=history_lines(entries), headline=False
+        )
+
+    # The frame of every command that changes something.
+
+    def run(self, command: str, function: Callable[[], Result], *, dry_run: bool = False) -> Result:
+        """Run one changing command as root, under the lock, with its line in the audit log.
+
+        A dry run takes no lock and leaves no line. Raises nothing foreseeable: faults become the Result.
+        """
+        if os.geteuid() != 0:
+            raise NeedsRoot(f"'appliance {command}' needs root: run with sudo")
+        if dry_run:
+            result = function()
+            result.details["dry_run"] = True
+            return result
+        started = time.monotonic()
+        with self.interrupts:
+            before = None
+            try:
+                with exclusive(self.config.lock_file, who=self.who, command=command, wait=self.lock_wait):
+                    before = self._live()
+                    result = self._guard(function)
+                    # What has happened is recorded while the lock is held, so that the log has the order of events.
+                    self.interrupts.disarm()
+                    self._record(command, result, before, started)
+                    return result
+            except LockHeld as fault:
+                result = _as_result(fault)
+            except Interrupted as signal:
+                result = _as_result(Failed(f"interrupted by {signal.signal_name}; nothing was changed"))
+            self.interrupts.disarm()
+            self._record(command, result, self._live(), started)
+            return result
+
+    def _guard(self, function: Callable[[], Result]) -> Result:
+        try:
+            return function()
+        except ApplianceError as fault:
+            return _as_result(fault)
+        except OSError as error:
+            return _as_result(describe_os_error(error))
+        except Interrupted as signal:
+            return _as_result(Failed(f"interrupted by {signal.signal_name}; nothing was changed"))
+
+    def _live(self) -> str | None:
+        try:
+            state = self.routing.read()
+        except RoutingBroken:
+            return None
+        return state.live if state else None
+
+    def _record(self, command: str, result: Result, before: str | None, started: float) -> None:
+        details = result.details
+        entry = {
+            "time": now(),
+            "who": self.who,
+            "command": command,
+            "outcome": result.outcome,
+            "message": result.message,
+            "reason": self.reason,
+            "live_before": before,
+            "live_after": self._live(),
+            "state": details.get("state"),
+            "release": details.get("release"),
+            "durations": {"total_s": round(time.monotonic() - started, 3), "switch_ms": details.get("switch_ms")},
+        }
+        try:
+            audit.append(self.config.audit_file, entry)
+        except OSError as error:
+            # The thing itself has happened: its result must not be turned into a failure by its record.
+            fault = describe_os_error(error)
+            details["warning"] = f"no line was written to the audit log: {fault.message}"
+            progress(details["warning"])
+
+    # deploy
+
+    def deploy(self, name: str, directory: Path, image: str, *, dry_run: bool = False) -> Result:
+        """Make a release of a bundle and an image and place it on a colour that isn't live."""
+        colour = self.colour(name)
+        if not IMAGE.fullmatch(image):
+            raise UsageError(f"{image!r} isn't the name of an image")
+        bundle = bundles.verify(self.config.bundles_dir, directory)
+        examples = bundles.load_examples(bundle.directory, bundle.digest)
+        image_id = host.image_id(image)
+        state = self.routing.read()
+        live = state is not None and state.live == name
+        placed = self._placed(name)
+        same = placed is not None and (placed.bundle_digest, placed.image_id) == (bundle.digest, image_id)
+        details: dict[str, Any] = {"colour": name, "release": placed.number if placed else None, "pending": False}
+        title = f"{bundle.name} {bundle.version}"
+        if live:
+            return self._deploy_on_live(name, placed, same, title, details)
+        if same and placed and self._is_well(colour, placed, examples):
+            return Result(f"{name} holds {_title(placed)} already and is ready", outcome="nothing", details=details)
+        if dry_run:
+            number = self.releases.next_number()
+            return Result(
+                f"would place {title} with the image {image} on {name} as release {number} and restart {colour.unit}",
+                details=details | {"would_change": True},
+            )
+        earlier = self.releases.env(name)
+        release = self.releases.create(
+            Release(
+                colour=name,
+                name=bundle.name,
+                version=bundle.version,
+                bundle=str(bundle.directory),
+                bundle_digest=bundle.digest,
+                image=image,
+                image_id=image_id,
+                who=self.who,
+                when=now(),
+                reason=self.reason,
+            )
+        )
+        details["release"] = release.number
+        progress(f"placing {_title(release)} on {name}")
+        try:
+            self.releases.place(name, release)
+            health = colour.restart_and_wait(release, self.config.ready_timeout_seconds, progress)
+            colour.run_examples(examples, health)
+            if not host.unit_enabled(colour.unit):
+                host.enable_unit(colour.unit)
+            self.interrupts.disarm()
+        except BaseException as fault:
+            reason = _why(fault)
+            self.interrupts.disarm()
+            progress(f"failed: {reason}; putting back what was on {name}")
+            restored = self._restore(colour, earlier, placed, wait=not isinstance(fault, Interrupted))
+            if not isinstance(fault, ApplianceError | OSError | Interrupted):
+                raise
+            raise Failed(f"{_title(release)} can't be placed on {name}: {reason}; {restored}", **details) from fault
+        return Result(
+            f"{name} holds {_title(release)}, ready; {len(examples)} examples reproduce. "
+            + ("'appliance swap' makes it live" if state else f"'appliance init {name}' makes it live"),
+            changed=True,
+            details=details,
+        )
+
+    def _deploy_on_live(
+        self, name: str, placed: Release | None, same: bool, title: str, details: dict[str, Any]
+    ) -> Result:
+        holds = _title(placed) if placed else "its release"
+        if same:
+            return Result(f"{name} is live and holds {holds} already", outcome="nothing", details=details)
+        return Result(
+            f"{name} is live and keeps {holds}; {title} isn't placed: swap to {self.config.other(name)} first, "
+            f"then run this again",
+            outcome="nothing",
+            details=details | {"pending": True},
+        )
+
+    def _placed(self, name: str) -> Release | None:
+        """The release that a colour holds, as far as it can be read: a deploy replaces what can't."""
+        try:
+            number = self.releases.placed(name)
+            return self.releases.get(number) if number else None
+        except Failed as fault:
+            progress(fault.message)
+            return None
+
+    def _is_well(self, colour: Colour, placed: Release, examples: list[Example]) -> bool:
+        try:
+            colour.check(placed, examples, ("ready",))
+            return host.unit_enabled(colour.unit)
+        except Refused as fault:
+            progress(f"{colour.name} holds {_title(placed)} already, but: {fault.message}")
+            return False
+
+    def _restore(self, colour: Colour, earlier: bytes | None, placed: Release | None, wait: bool) -> str:
+        """Put the colour's earlier release back; returns what came of it in words, and raises nothing foreseeable."""
+        timeout = self.config.ready_timeout_seconds
+        try:
+            if earlier is None:
+                host.stop_unit(colour.unit, timeout)
+                host.run(["systemctl", "reset-failed", colour.unit])
+                self.releases.put_back(colour.name, None)
+                return f"{colour.name} is empty again and its unit is stopped"
+            self.releases.put_back(colour.name, earlier)
+            if placed is None or not wait:
+                complaint = host.restart_unit(colour.unit, timeout)
+                title = _title(placed) if placed else "the earlier env file"
+                return f"{title} was put back" + (f", but doesn't start: {complaint}" if complaint else " and started")
+            colour.restart_and_wait(placed, timeout, progress)
+            return f"{_title(placed)} was put back and is ready"
+        except ApplianceError as fault:
+            return f"putting the earlier release back failed too: {fault.message}"
+        except OSError as error:
+            return f"putting the earlier release back failed too: {describe_os_error(error).message}"
+
+    # init, swap, rollback
+
+    def init(self, name: str) -> Result:
+        """Make a colour live where none has ever been live; otherwise do nothing."""
+        self.colour(name)
+        state = self.routing.read()
+        if state is not None:
+            advice = "" if state.live == name else "; 'appliance swap' changes the live colour"
+            return Result(
+                f"{state.live} is live already{advice}",
+                outcome="nothing",
+                details={"live": state.live, "state": state.number},
+            )
+        release, examples = self._check(name, ("ready",))
+        return self._switch("init", name, release, examples, None)
+
+    def swap(self, to: str | None = None, *, dry_run: bool = False) -> Result:
+        """Check the idle colour, make it live, verify through the front door; switch back where that fails."""
+        if to is not None:
+            self.colour(to)
+        state = self.routing.read()
+        if state is None:
+            raise Refused(f"no colour is live: run 'appliance init {to or self.config.colours[0]}' first")
+        target = to or self.config.other(state.live)
+        if target == state.live:
+            return Result(
+                f"{target} is live already",
+                outcome="nothing",
+                details={"live": target, "state": state.number},
+            )
+        release, examples = self._check(target, ("ready",))
+        if dry_run:
+            self.front_door.open_held(_request_body(examples)).close()
+            return Result(
+                f"would make {target} live: {_title(release)}, ready, {len(examples)} examples reproduce",
+                details={
+                    "live": state.live,
+                    "state": state.number,
+                    "release": release.number,
+                    "would_change": True,
+                },
+            )
+        return self._switch("swap", target, release, examples, state)
+
+    def rollback(self) -> Result:
+        """Switch back to the colour, with the release, that was live before the last switch."""
+        state = self.routing.read()
+        if state is None:
+            raise Refused("nothing to roll back to: no colour has ever been live")
+        if state.previous is None:
+            raise Refused(f"nothing to roll back to: {state.live} is the only colour that has been live")
+        target = state.previous
+        holds = self.releases.placed(target)
+        if holds != state.previous_release:
+            raise Refused(
+                f"can't roll back: {target} was live with release {state.previous_release} and now holds "
+                f"{f'release {holds}' if holds else 'nothing'}; deploy the earlier bundle to {target} and swap, "
+                f"or swap if you want what it holds"
+            )
+        try:
+            release, examples = self._check(target, HEALTHY)
+        except Refused as fault:
+            raise Refused(f"can't roll back to {target}: {fault.message}") from fault
+        return self._switch("rollback", target, release, examples, state)
+
+    def _check(self, name: str, accept: tuple[str, ...]) -> tuple[Release, list[Example]]:
+        """All that must be true of a colour before it becomes live. Raises ApplianceError."""
+        colour = self.colour(name)
+        number = self.releases.placed(name)
+        if number is None:
+            raise Refused(f"{name} is empty: deploy a release to it first")
+        release = self.releases.get(number)
+        progress(f"checking {name}: {_title(release)}")
+        directory = Path(release.bundle)
+        examples = bundles.load_examples(directory, release.bundle_digest)
+        colour.check(release, examples, accept)
+        try:
+            host.image_id(release.image_id)
+        except Refused:
+            raise Refused(
+                f"{name}: the image {release.image} of release {number} ({release.image_id[:19]}) isn't on this host "
+                f"any more, so {name} couldn't start again: deploy to {name} again"
+            ) from None
+        return release, examples
+
+    def _switch(
+        self, command: str, target: str, release: Release, examples: list[Example], state: State | None
+    ) -> Result:
+        """Make `target` live and verify it; `state` is the present state. Raises Failed after switching back."""
+        started = time.monotonic()
+        body = _request_body(examples)
+        held = self.front_door.open_held(body)
+        numbers = {name: self._number(name) for name in self.config.colours}
+        wanted = State(
+            live=target,
+            since=now(),
+            who=self.who,
+            reason=self.reason,
+            command=command,
+            previous=state.live if state else None,
+            previous_release=numbers[state.live] if state else None,
+            releases=numbers,
+        )
+        # Signals wait from here to the verdict and are looked at between two requests, so that no switch is left
+        # neither verified nor undone.
+        with self.interrupts.hold():
+            try:
+                written, moment = self.routing.switch(wanted)
+                found = self.front_door.verify(
+                    target, body, self.config.verify_requests, held, moment, self.interrupts.check
+                )
+                self.interrupts.disarm()
+            except BaseException as fault:
+                self.interrupts.disarm()
+                self._undo(fault, command, target, state, body)
+                raise
+            finally:
+                held.close()
+        self._prune()
+        return self._switched(command, written, release, found, time.monotonic() - started)
+
+    def _switched(self, command: str, state: State, release: Release, found: Verification, seconds: float) -> Result:
+        what = "rolled back: " if command == "rollback" else ""
+        return Result(
+            f"{what}{state.live} is live: {_title(release)}; first answer {found.first_ms:g} ms after the switch, "
+            f"{found.requests} requests verified, {seconds:.2f} s altogether",
+            changed=True,
+            details={
+                "live": state.live,
+                "previous": state.previous,
+                "state": state.number,
+                "release": release.number,
+                "switch_ms": found.first_ms,
+                "seconds": round(seconds, 3),
+                "requests": found.requests,
+            },
+        )
+
+    def _undo(self, fault: BaseException, command: str, target: str, state: State | None, body: bytes) -> None:
+        """Return to `state` where the link has been changed already. Raises Failed for a foreseeable fault."""
+        present = self.routing.read()
+        reason = _why(fault)
+        if (present.number if present else None) == (state.number if state else None):
+            if isinstance(fault, ApplianceError | OSError | Interrupted):
+                raise Failed(f"no switch: {reason}; production is as it was") from fault
+            return
+        progress(f"failed: {reason}; switching back")
+        details: dict[str, Any] = {"live": state.live if state else None}
+        try:
+            if state is None:
+                self.routing.clear()
+                outcome = "no colour is live, as before"
+            else:
+                details["state"] = self._switch_back(command, target, state)
+                wrong = self.front_door.answers_as(state.live, body)
+                outcome = f"switched back to {state.live}" + (
+                    f", which answers wrongly, too: {wrong}" if wrong else ", which answers"
+                )
+        except OSError as error:
+            raise Failed(
+                f"{target} failed after the switch: {reason}; AND SWITCHING BACK FAILED: "
+                f"{describe_os_error(error).message}; {target} IS LIVE: run 'appliance status', then "
+                f"'appliance rollback'",
+                live=target,
+            ) from fault
+        if isinstance(fault, ApplianceError | OSError | Interrupted):
+            raise Failed(f"{target} failed after the switch: {reason}; {outcome}", **details) from fault
+
+    def _switch_back(self, command: str, target: str, state: State) -> int:
+        why = f"{command} to {target} failed"
+        back = replace(state, since=now(), who=self.who, reason=why, command=command)
+        try:
+            return self.routing.switch(back)[0].number
+        except OSError:
+            # A full disk: the state directory of before is still there and complete.
+            self.routing.point_to(state.number)
+            return state.number
+
+    def _number(self, name: str) -> int | None:
+        placed = self._placed(name)
+        return placed.number if placed else None
+
+    def _prune(self) -> None:
+        try:
+            self.routing.prune()
+        except (OSError, ApplianceError) as error:
+            progress(f"old routing states weren't removed: {error}")
+
+
+def _title(release: Release) -> str:
+    return f"{release.name} {release.version}, release {release.number}"
+
+
+def _request_body(examples: list[Example]) -> bytes:
+    return json.dumps(examples[0].request).encode()
+
+
+def _why(fault: BaseException) -> str:
+    if isinstance(fault, Interrupted):
+        return f"interrupted by {fault.signal_name}"
+    if isinstance(fault, ApplianceError):
+        return fault.message
+    if isinstance(fault, OSError):
+        return describe_os_error(fault).message
+    return f"{type(fault).__name__}: {fault}"
+
+
+def _as_result(fault: ApplianceError) -> Result:
+    return Result(
+        fault.message,
+        ok=False,
+        outcome=fault.outcome,
+        exit_status=fault.exit_status,
+        details=dict(fault.details),
+    )

@@ -1,0 +1,111 @@
+"""Releases (immutable records) and env files (which release a colour holds)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rollout import files
+from rollout.errors import Failed
+
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}")
+_NUMBER = re.compile(r"[1-9][0-9]*")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A bundle and an image, made for a colour at a time by somebody."""
+
+    colour: str
+    name: str
+    version: str
+    bundle: str
+    bundle_digest: str
+    image: str
+    image_id: str
+    who: str
+    when: str
+    reason: str | None = None
+    number: int = 0
+
+
+class Releases:
+    """`releases/` and the colours' env files. Changing methods are for the holder of the lock."""
+
+    def __init__(self, directory: Path, config_dir: Path) -> None:
+        self.directory = directory
+        self.config_dir = config_dir
+
+    def create(self, release: Release) -> Release:
+        """Record a release under the next number, durably, and return it with that number. Raises OSError."""
+        files.ensure_directory(self.directory)
+        for path in self.directory.glob(".*"):
+            files.remove_tree(path)
+        release = replace(release, number=self.next_number())
+        temporary = self.directory / f".new-{release.number}"
+        try:
+            files.make_directory(temporary)
+            content = json.dumps(asdict(release), indent=1).encode() + b"\n"
+            files.write_new(temporary / "release.json", content, 0o444)
+            files.fsync_directory(temporary)
+            os.rename(temporary, self.directory / str(release.number))
+        except OSError:
+            files.remove_tree(temporary)
+            raise
+        files.fsync_directory(self.directory)
+        return release
+
+    def next_number(self) -> int:
+        """The number that the next release gets. A number is never used twice while its record is kept."""
+        try:
+            return max((int(n) for n in os.listdir(self.directory) if _NUMBER.fullmatch(n)), default=0) + 1
+        except FileNotFoundError:
+            return 1
+
+    def get(self, number: int) -> Release:
+        """The record of release `number`. Raises Failed where it is missing or can't be used."""
+        path = self.directory / str(number) / "release.json"
+        try:
+            raw = json.loads(path.read_bytes())
+            return Release(**{key: raw[key] for key in Release.__dataclass_fields__})
+        except OSError as error:
+            raise Failed(f"release {number} has no record: {path}: {error.strerror}; deploy again") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise Failed(f"{path} can't be used: {type(error).__name__}: {error}; deploy again") from None
+
+    def env_path(self, colour: str) -> Path:
+        """The env file that the colour's unit reads."""
+        return self.config_dir / f"{colour}.env"
+
+    def env(self, colour: str) -> bytes | None:
+        """The env file as it is, or None where the colour has never been deployed."""
+        try:
+            return self.env_path(colour).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def placed(self, colour: str) -> int | None:
+        """The number of the release that the colour holds; None where it has never been deployed. Raises Failed."""
+        content = self.env(colour)
+        if content is None:
+            return None
+        for line in content.decode(errors="replace").splitlines():
+            key, _, value = line.partition("=")
+            if key.strip() == "MODEL_RELEASE" and _NUMBER.fullmatch(value.strip()):
+                return int(value)
+        raise Failed(f"{self.env_path(colour)} names no MODEL_RELEASE: deploy to {colour} again")
+
+    def place(self, colour: str, release: Release) -> None:
+        """Write the colour's env file in one step. Raises OSError; then the file is as it was."""
+        content = f"MODEL_IMAGE={release.image}\nMODEL_BUNDLE={release.bundle}\nMODEL_RELEASE={release.number}\n"
+        files.replace(self.env_path(colour), content.encode())
+
+    def put_back(self, colour: str, content: bytes | None) -> None:
+        """Restore an env file that `env` returned. Raises OSError."""
+        if content is None:
+            files.remove(self.env_path(colour))
+        else:
+            files.replace(self.env_path(colour), content)

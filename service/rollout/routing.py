@@ -1,0 +1,154 @@
+"""Which colour is live: numbered state directories and one link that nginx follows.
+
+`states/<n>/` is complete and durable before `current` points to it, and `current` changes by one rename: at every
+instant, and after a power cut at any instant, `current` leads to a complete state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from rollout import files
+from rollout.errors import ApplianceError
+
+KEEP_STATES = 50
+_NUMBER = re.compile(r"[1-9][0-9]*")
+
+
+class RoutingBroken(ApplianceError):
+    """`current` leads to something that isn't a complete state; only a hand or a bad disk does that."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One routing state. `previous` is what a rollback returns to; `releases` holds each colour's release then."""
+
+    live: str
+    since: str
+    who: str
+    reason: str | None = None
+    command: str = "swap"
+    number: int = 0
+    previous: str | None = None
+    previous_release: int | None = None
+    releases: dict[str, int | None] = field(default_factory=dict)
+
+
+class Routing:
+    """The directory `routing`. Changing methods are for the holder of the lock."""
+
+    def __init__(self, directory: Path, colours: tuple[str, ...]) -> None:
+        self.directory = directory
+        self.states = directory / "states"
+        self.current = directory / "current"
+        self._colours = colours
+
+    def read(self) -> State | None:
+        """The present state, or None where no colour has ever been live. Raises RoutingBroken."""
+        try:
+            target = os.readlink(self.current)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._broken(f"isn't a readable link: {error.strerror}") from None
+        directory = self.directory / target
+        name = os.path.basename(target)
+        if os.path.dirname(target) != "states" or not _NUMBER.fullmatch(name):
+            raise self._broken(f"points to {target}, not to states/<number>")
+        # nginx goes by the flag files alone, so they decide here too.
+        flags = [colour for colour in self._colours if (directory / colour).is_file()]
+        if len(flags) != 1:
+            raise self._broken(f"leads to {len(flags)} flag files of {' and '.join(self._colours)} instead of one")
+        try:
+            raw = json.loads((directory / "state.json").read_bytes())
+            state = State(**{key: raw[key] for key in State.__dataclass_fields__ if key in raw})
+        except OSError as error:
+            raise self._broken(f"leads to a state without a readable state.json: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._broken(f"leads to a state.json that can't be used: {error}") from None
+        if state.live != flags[0] or state.number != int(name):
+            raise self._broken(f"leads to flag file {flags[0]}, but state.json says {state.live} in {state.number}")
+        return state
+
+    def _broken(self, what: str) -> RoutingBroken:
+        return RoutingBroken(
+            f"{self.current} {what}; look at it, then remove that link and run 'appliance init COLOUR' "
+            f"for the colour that should be live"
+        )
+
+    def switch(self, state: State) -> tuple[State, float]:
+        """Make `state` (its number is set here) the present one.
+
+        Returns the state as written and the monotonic time in seconds of the rename. Raises OSError; then the
+        present state is the old one, except where only the last fsync failed.
+        """
+        files.ensure_directory(self.states)
+        self.clean()
+        state = replace(state, number=max(self._numbers(), default=0) + 1)
+        temporary = self.states / f".new-{state.number}"
+        try:
+            files.make_directory(temporary)
+            files.write_new(temporary / state.live, b"")
+            files.write_new(temporary / "state.json", json.dumps(asdict(state), indent=1).encode() + b"\n")
+            files.fsync_directory(temporary)
+            os.rename(temporary, self.states / str(state.number))
+        except OSError:
+            files.remove_tree(temporary)
+            raise
+        files.fsync_directory(self.states)
+        return state, self.point_to(state.number)
+
+    def point_to(self, number: int) -> float:
+        """Rename a link to `states/<number>` over `current`; returns the monotonic time in seconds of the rename."""
+        temporary = self.directory / ".current.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        os.symlink(f"states/{number}", temporary)
+        os.rename(temporary, self.current)
+        moment = time.monotonic()
+        files.fsync_directory(self.directory)
+        return moment
+
+    def clear(self) -> None:
+        """Go back to "no colour is live": only for an `init` that failed."""
+        files.remove(self.current)
+
+    def clean(self) -> None:
+        """Remove what a crash left: temporary names, and states that `current` never pointed to."""
+        for directory in (self.directory, self.states):
+            for path in directory.glob(".*"):
+                files.remove_tree(path)
+        present = self.read()
+        if present is None:
+            return
+        # A killed predecessor may have renamed the link and not made it durable.
+        files.fsync_directory(self.directory)
+        for number in self._numbers():
+            if number > present.number:
+                self._remove_state(number)
+
+    def prune(self, keep: int = KEEP_STATES) -> None:
+        """Remove all but the last `keep` states."""
+        present = self.read()
+        for number in sorted(self._numbers(), reverse=True)[keep:]:
+            if present is not None and number != present.number:
+                self._remove_state(number)
+
+    def _remove_state(self, number: int) -> None:
+        # Renamed first, so that no half-removed directory ever bears the name of a state.
+        rubbish = self.states / f".old-{number}"
+        with contextlib.suppress(OSError):
+            os.rename(self.states / str(number), rubbish)
+        files.remove_tree(rubbish)
+
+    def _numbers(self) -> list[int]:
+        try:
+            return [int(name) for name in os.listdir(self.states) if _NUMBER.fullmatch(name)]
+        except FileNotFoundError:
+            return []

@@ -1,0 +1,202 @@
+"""What a bundle may get wrong, and that the message says what it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bundle_making import SHIPPED, write_sums
+from model_server import model
+from model_server.bundle import BundleError, read
+
+
+def rejected(directory: Path, *words: str, load: bool = False) -> None:
+    with pytest.raises(BundleError) as caught:
+        bundle = read(directory)
+        if load:
+            model.load(bundle)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_shipped_bundles_load_and_reproduce(version):
+    bundle = read(SHIPPED / version)
+    assert (bundle.name, bundle.version, bundle.max_rows) == ("simplemodel", version, 64)
+    assert bundle.digest.startswith("sha256:") and len(bundle.digest) == 71
+    assert model.load(bundle).predict([[0.2, 0.6]]) == [pytest.approx(0.65, abs=0.03)]
+
+
+def test_missing_directory(tmp_path):
+    rejected(tmp_path / "none", "none", "not a directory")
+
+
+def test_changed_file(bundle_dir):
+    with open(bundle_dir / "weights.pth", "ab") as file:
+        file.write(b"x")
+    rejected(bundle_dir, "bundle simplemodel 1.0.0: weights.pth doesn't match its checksum")
+
+
+@pytest.mark.parametrize("name", ["manifest.yaml", "model.py", "weights.pth", "examples.json", "SHA256SUMS"])
+def test_missing_file(bundle_dir, name):
+    (bundle_dir / name).unlink()
+    rejected(bundle_dir, name, "missing")
+
+
+def test_unlisted_file(bundle_dir):
+    (bundle_dir / "extra").mkdir()
+    (bundle_dir / "extra" / "helper.py").write_text("")
+    rejected(bundle_dir, "extra/helper.py is not listed")
+
+
+@pytest.mark.parametrize("target", ["model.py", "/etc/passwd", "."])
+def test_links(bundle_dir, target):
+    (bundle_dir / "link").symlink_to(target)
+    rejected(bundle_dir, "link is a link")
+
+
+def test_linked_manifest(bundle_dir):
+    (bundle_dir / "manifest.yaml").rename(bundle_dir / "other.yaml")
+    (bundle_dir / "manifest.yaml").symlink_to("other.yaml")
+    rejected(bundle_dir, "manifest.yaml is not an ordinary file")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b"])
+def test_escape_in_checksums(bundle_dir, name):
+    with open(bundle_dir / "SHA256SUMS", "a") as file:
+        file.write(f"{'0' * 64}  {name}\n")
+    rejected(bundle_dir, "SHA256SUMS line 5", "not a path inside the bundle")
+
+
+@pytest.mark.parametrize("line", ["nonsense", "", f"{'G' * 64}  x", f"{'0' * 64}x"])
+def test_malformed_checksums(bundle_dir, line):
+    with open(bundle_dir / "SHA256SUMS", "a") as file:
+        file.write(line + "\n")
+    rejected(bundle_dir, "SHA256SUMS line 5")
+
+
+def test_file_listed_twice(bundle_dir):
+    text = (bundle_dir / "SHA256SUMS").read_text()
+    (bundle_dir / "SHA256SUMS").write_text(text + text.splitlines()[0] + "\n")
+    rejected(bundle_dir, "twice")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("name: simplemodel", "name: Simple_Model", ["name is 'Simple_Model'"]),
+        ("name: simplemodel", "title: x", ["name is missing"]),
+        ("version: 1.0.0", "version: 1.0", ["version is 1.0", "quotes"]),
+        ("version: 1.0.0", "version: ../1", ["version is '../1'"]),
+        ("description:", "author: x\ndescription:", ["author is not a known field"]),
+        ("file: model.py", "file: ../model.py", ["entry.file", "not a path inside"]),
+        ("file: model.py", "file: /model.py", ["entry.file", "not a path inside"]),
+        ("file: model.py", "file: other.py", ["entry.file is 'other.py'"]),
+        ("class: SimpleModel", "class: Simple Model", ["entry.class"]),
+        ("arguments: {hidden: 4}", "arguments: 4", ["entry.arguments"]),
+        ("weights: weights.pth", "weights: ../weights.pth", ["weights", "not a path inside"]),
+        ("shape: [2]", "shape: [0]", ["input.shape is [0]"]),
+        ("shape: [2]", "shape: [3]", ["input.features"]),
+        ("dtype: float32", "dtype: float16", ["input.dtype is 'float16'"]),
+        ("max_rows: 64", "max_rows: 0", ["batching.max_rows is 0"]),
+        ("max_rows: 64", "max_rows: true", ["batching.max_rows is True"]),
+        ("max_rows: 64", "maximum: 64", ["batching.max_rows is missing"]),
+        ("accuracy: 0.", "accuracy: x0.", ["metrics.accuracy"]),
+        ("name: simplemodel", "name: [", ["not YAML"]),
+    ],
+)
+def test_manifest_fields(edit, old, new, words):
+    rejected(edit("manifest.yaml", old, new), "manifest.yaml", *words)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"examples": []}', '{"examples": [{"request": 1}]}', "x", "[" * 100_000])
+def test_malformed_examples(bundle_dir, text):
+    (bundle_dir / "examples.json").write_text(text)
+    write_sums(bundle_dir)
+    rejected(bundle_dir, "examples.json")
+
+
+def test_missing_class(edit):
+    rejected(edit("manifest.yaml", "class: SimpleModel", "class: Other"), "no class Other", load=True)
+
+
+def test_class_that_is_no_module(edit):
+    rejected(edit("model.py", "class SimpleModel(torch.nn.Module)", "class SimpleModel"), "torch.nn.Module", load=True)
+
+
+def test_model_that_fails_to_import(edit):
+    rejected(edit("model.py", "import torch", "import torch, missing_package"), "missing_package", load=True)
+
+
+def test_unknown_argument(edit):
+    rejected(edit("manifest.yaml", "hidden: 4", "hiden: 4"), "entry.arguments", "hiden", load=True)
+
+
+def test_weights_that_do_not_fit(edit):
+    rejected(edit("manifest.yaml", "hidden: 4", "hidden: 5"), "weights.pth doesn't fit SimpleModel", load=True)
+
+
+def test_weights_that_hold_code(bundle_dir):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (bundle_dir.parent / "touched",))
+
+    torch.save({"layers.0.weight": Evil()}, bundle_dir / "weights.pth")
+    write_sums(bundle_dir)
+    rejected(bundle_dir, "weights.pth can't be loaded", load=True)
+    assert not (bundle_dir.parent / "touched").exists()
+
+
+def test_examples_that_do_not_reproduce(bundle_dir):
+    path = bundle_dir / "examples.json"
+    document = json.loads(path.read_text())
+    document["examples"][1]["response"]["output"] += 0.001
+    path.write_text(json.dumps(document))
+    write_sums(bundle_dir)
+    rejected(bundle_dir, "example 1 doesn't reproduce", load=True)
+
+
+def test_example_with_a_wrong_request(bundle_dir):
+    path = bundle_dir / "examples.json"
+    document = json.loads(path.read_text())
+    document["examples"][2]["request"]["data"] = [1]
+    path.write_text(json.dumps(document))
+    write_sums(bundle_dir)
+    rejected(bundle_dir, "example 2", "2 elements", load=True)
+
+
+def test_output_that_breaks_the_promise(edit):
+    rejected(edit("model.py", "return self.layers(rows)", "return self.layers(rows)[:, :0]"), "promises", load=True)
+
+
+def test_output_that_is_not_finite(edit):
+    rejected(edit("model.py", "return self.layers(rows)", "return self.layers(rows) / 0"), "JSON", load=True)
+
+
+def test_model_that_starts_threads(edit):
+    code = "import threading, time\nthreading.Thread(target=time.sleep, args=(2,), daemon=True).start()\nimport torch"
+    rejected(edit("model.py", "import torch", code), "starts threads", load=True)
+
+
+def test_pre_and_postprocessing(edit, bundle_dir):
+    methods = (
+        "def preprocess(self, data):\n        return torch.tensor([[0.0, 0.0] for _ in data])\n\n"
+        "    def postprocess(self, output):\n        return [{'p': p} for p in output.flatten().tolist()]\n\n"
+        "    def forward("
+    )
+    edit("model.py", "def forward(", methods)
+    answer = {"output": {"p": 0.0}}
+    example = {"request": {"data": [0.2, 0.6]}, "response": answer, "tolerance": 1}
+    (bundle_dir / "examples.json").write_text(json.dumps({"examples": [example]}))
+    write_sums(bundle_dir)
+    loaded = model.load(read(bundle_dir))
+    values = loaded.predict([[1, 2], [3, 4]])
+    assert values[0].keys() == {"p"} and values[0] == values[1]
+
+
+def test_loading_leaves_no_bytecode_behind(bundle_dir):
+    before = sorted(bundle_dir.iterdir())
+    model.load(read(bundle_dir))
+    assert sorted(bundle_dir.iterdir()) == before

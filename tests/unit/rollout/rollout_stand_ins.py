@@ -1,0 +1,289 @@
+"""Stand-ins for systemd, docker, the model containers and nginx.
+
+`systemctl`, `docker` and `journalctl` are small programs on PATH that ask `FakeHost`, which lives in the test's
+process. A started unit becomes a `FakeColour`, which serves HTTP on Unix sockets as the model container does. The
+`FakeFrontDoor` decides by the routing's flag files, afresh for every request, exactly as nginx does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import socket
+import socketserver
+import sys
+import threading
+import time
+from pathlib import Path
+
+COLOURS = ("blue", "green")
+PROGRAM = """#!{python} -SE
+# Stand-in for {name}: asks the test's process.
+import json, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect({path!r})
+s.sendall(json.dumps(["{name}", *sys.argv[1:]]).encode() + b"\\n")
+answer = json.loads(s.makefile().readline())
+sys.stdout.write(answer["out"])
+sys.stderr.write(answer["err"])
+sys.exit(answer["rc"])
+"""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def address_string(self):
+        return "local"
+
+    def do_GET(self):
+        self.server.owner.answer(self, b"")
+
+    def do_POST(self):
+        self.server.owner.answer(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def send(self, status, about, headers=None):
+        body = about if isinstance(about, bytes) else json.dumps(about).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+    block_on_close = False
+
+    def handle_error(self, *_):
+        pass
+
+
+class UnixServer(Server):
+    address_family = socket.AF_UNIX
+
+
+def serve(address, owner):
+    server = (UnixServer if isinstance(address, str) else Server)(address, Handler)
+    server.owner = owner
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return server
+
+
+class FakeColour:
+    """A running model container. `faults`: what is wrong with it."""
+
+    def __init__(self, directory: Path, colour: str, env: dict[str, str], faults: set[str]):
+        self.directory, self.colour, self.env, self.faults = directory, colour, env, faults
+        bundle = Path(env["MODEL_BUNDLE"])
+        self.name, self.version = bundle.parent.name, bundle.name
+        self.digest = "sha256:" + hashlib.sha256((bundle / "SHA256SUMS").read_bytes()).hexdigest()
+        self.factor = float((bundle / "weights.pth").read_text())
+        self.status = "starting" if "hang" in faults else "ready"
+        self.workers = 2
+        self.servers = []
+        for name in ["control.sock", *(f"worker-{i}.sock" for i in range(self.workers))]:
+            path = directory / name
+            path.unlink(missing_ok=True)
+            self.servers.append(serve(str(path), self))
+        (directory / "startup_error.json").unlink(missing_ok=True)
+
+    def health(self):
+        return {
+            "status": self.status,
+            "reason": None if self.status == "ready" else "the model is \x1b[31mwarming up",
+            "colour": self.colour,
+            "release": self.env["MODEL_RELEASE"],
+            "model": self.name,
+            "version": self.version,
+            "bundle_digest": self.digest,
+            "workers": {"wanted": self.workers, "ready": self.workers, "restarts": 0},
+        }
+
+    def predict(self, body):
+        if "predict-500" in self.faults:
+            return 500, {"error": "boom"}
+        data = json.loads(body)["data"]
+        return 200, {"output": round(sum(data) * self.factor, 6) + (1 if "wrong" in self.faults else 0)}
+
+    def answer(self, handler, body):
+        if handler.path == "/health":
+            if "drip" in self.faults:
+                handler.send_response(200)
+                with contextlib.suppress(OSError):
+                    for _ in range(100):
+                        handler.wfile.write(b"x")
+                        handler.wfile.flush()
+                        time.sleep(0.1)
+                return
+            handler.send(200 if self.status in ("ready", "degraded") else 503, self.health())
+        else:
+            handler.send(*self.predict(body), {"X-Model-Colour": self.colour})
+
+    def stop(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+        for path in self.directory.glob("*.sock"):
+            path.unlink()
+
+
+class FakeFrontDoor:
+    """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour."""
+
+    def __init__(self, routing: Path, host: FakeHost):
+        self.routing, self.host, self.faults, self.requests = routing, host, set(), []
+        self.slow = 0.0
+        self.server = serve(("127.0.0.1", 0), self)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def live(self):
+        for colour in COLOURS:
+            if os.path.isfile(self.routing / "current" / colour):
+                return colour
+        return None
+
+    def answer(self, handler, body):
+        colour = self.live()
+        if "sticky" in self.faults:
+            colour = handler.__dict__.setdefault("first_colour", colour)
+        self.requests.append((id(handler), colour))
+        running = self.host.running.get(colour)
+        time.sleep(self.slow)
+        if colour is None:
+            handler.send(503, {"error": "no colour is live"})
+        elif running is None or colour in self.faults:
+            handler.send(502, {"error": "bad gateway"})
+        else:
+            handler.send(*running.predict(body), {"X-Model-Colour": colour})
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class FakeHost:
+    """systemd, docker and the journal."""
+
+    def __init__(self, root: Path, config_dir: Path, runtime_dir: Path):
+        self.config_dir, self.runtime_dir = config_dir, runtime_dir
+        self.images = {"appliance/model:1": "sha256:" + "1" * 64, "appliance/model:2": "sha256:" + "2" * 64}
+        self.faults: dict[str, set[str]] = {}
+        """By bundle version: reject, crash, exit, hang, wrong, predict-500, refuse-start, stale, drip."""
+        self.running: dict[str, FakeColour] = {}
+        self.units = {c: self._unit("inactive") for c in COLOURS}
+        self.enabled: set[str] = set()
+        self.journal: dict[str, str] = {}
+        self.docker_down = False
+        self.calls: list[list[str]] = []
+        self._starts = 0
+        self._path = str(root / "host.sock")
+        self._lock = threading.Lock()
+        programs = root / "bin"
+        programs.mkdir()
+        for name in ("systemctl", "docker", "journalctl"):
+            (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, path=self._path))
+            (programs / name).chmod(0o755)
+        self.programs = programs
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self._path)
+        self._listener.listen(32)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _unit(self, active, result="success", status="0", restarts=0, sub=None):
+        return {
+            "ActiveState": active,
+            "SubState": sub or {"active": "running", "failed": "failed"}.get(active, "dead"),
+            "Result": result,
+            "ExecMainStatus": status,
+            "InvocationID": f"{getattr(self, '_starts', 0):032x}" if active != "inactive" else "",
+            "NRestarts": restarts,
+        }
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                command = json.loads(connection.makefile().readline())
+                with self._lock:
+                    self.calls.append(command)
+                    rc, out, err = self._do(command)
+                connection.sendall(json.dumps({"rc": rc, "out": out, "err": err}).encode() + b"\n")
+
+    def _do(self, command):
+        if command[0] == "docker":
+            if self.docker_down:
+                return 1, "", "Cannot connect to the Docker daemon"
+            known = {**self.images, **{i: i for i in self.images.values()}}
+            image = known.get(command[-1])
+            return (0, image + "\n", "") if image else (1, "", f"Error: No such image: {command[-1]}")
+        if command[0] == "journalctl":
+            colour = command[1].partition("@")[2].partition(".")[0]
+            return 0, self.journal.get(colour, ""), ""
+        verb, colour = command[1], command[-1].partition("@")[2].partition(".")[0]
+        if verb == "show":
+            return 0, "".join(f"{k}={v}\n" for k, v in self.units[colour].items()), ""
+        if verb == "restart":
+            return self.start(colour)
+        if verb == "stop":
+            self.stop(colour)
+        elif verb == "enable":
+            self.enabled.add(colour)
+        elif verb == "is-enabled":
+            return (0, "enabled\n", "") if colour in self.enabled else (1, "disabled\n", "")
+        return 0, "", ""
+
+    def start(self, colour):
+        lines = (self.config_dir / f"{colour}.env").read_text().splitlines()
+        env = dict(line.split("=", 1) for line in lines)
+        faults = self.faults.get(Path(env["MODEL_BUNDLE"]).name, set())
+        self._starts += 1
+        if "stale" in faults:
+            # The old process goes on answering; systemd says that the unit is active.
+            self.units[colour] = self._unit("active")
+            return 0, "", ""
+        self.stop(colour)
+        if "refuse-start" in faults:
+            self.units[colour] = self._unit("failed", "resources")
+            return 1, "", "Job for unit failed."
+        if "reject" in faults:
+            (self.runtime_dir / colour / "startup_error.json").write_text('{"reason": "weights.pth is \\u001b[1mbad"}')
+            self.units[colour] = self._unit("failed", "exit-code", "78")
+        elif "crash" in faults:
+            self.journal[colour] = '{"level": "error", "message": "killed by the kernel"}\n'
+            self.units[colour] = self._unit("activating", "signal", "9", restarts=4, sub="auto-restart")
+        elif "exit" in faults:
+            self.units[colour] = self._unit("inactive")
+        else:
+            self.running[colour] = FakeColour(self.runtime_dir / colour, colour, env, faults)
+            self.units[colour] = self._unit("active")
+        return 0, "", ""
+
+    def stop(self, colour):
+        running = self.running.pop(colour, None)
+        if running:
+            running.stop()
+        self.units[colour] = self._unit("inactive")
+
+    def close(self):
+        self._listener.close()
+        for colour in list(self.running):
+            self.stop(colour)
+
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)

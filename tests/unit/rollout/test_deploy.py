@@ -1,0 +1,260 @@
+"""deploy: what is checked, what is written, what is put back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+import time
+
+import pytest
+from rollout_stand_ins import wait_for
+
+
+def test_a_first_deploy_places_a_release(box):
+    answer = box.deploy("blue", box.bundle(), "appliance/model:1", "--reason", "first")
+    assert (answer.status, answer.json["ok"], answer.json["changed"], answer.json["release"]) == (0, True, True, 1)
+    assert (box.config_dir / "blue.env").read_text() == (
+        f"MODEL_IMAGE=appliance/model:1\nMODEL_BUNDLE={box.state_dir}/bundles/simplemodel/1.0.0\nMODEL_RELEASE=1\n"
+    )
+    record = json.loads((box.state_dir / "releases/1/release.json").read_text())
+    assert (record["number"], record["colour"], record["name"], record["version"]) == (
+        1,
+        "blue",
+        "simplemodel",
+        "1.0.0",
+    )
+    assert (record["who"], record["reason"], record["image"]) == ("alice", "first", "appliance/model:1")
+    assert record["image_id"] == "sha256:" + "1" * 64
+    assert record["bundle_digest"] == box.host.running["blue"].digest
+    assert box.host.enabled == {"blue"}
+    entry = box.audit()[-1]
+    assert (entry["command"], entry["outcome"], entry["release"]) == ("deploy blue", "done", 1)
+
+
+def test_the_same_again_changes_nothing(box):
+    directory = box.bundle()
+    box.deploy("blue", directory)
+    before = len([c for c in box.host.calls if "restart" in c])
+    answer = box.deploy("blue", directory)
+    assert (answer.status, answer.json["changed"], answer.json["release"]) == (0, False, 1)
+    assert len([c for c in box.host.calls if "restart" in c]) == before
+    assert not (box.state_dir / "releases/2").exists()
+
+
+def test_the_same_on_a_colour_that_is_down_is_placed_again(box):
+    directory = box.bundle()
+    box.deploy("blue", directory)
+    box.host.stop("blue")
+    answer = box.deploy("blue", directory)
+    assert (answer.status, answer.json["changed"], answer.json["release"]) == (0, True, 2)
+
+
+def test_another_image_under_the_same_tag_is_a_change(box):
+    directory = box.bundle()
+    box.deploy("blue", directory)
+    box.host.images["appliance/model:1"] = "sha256:" + "9" * 64
+    assert box.deploy("blue", directory).json["changed"] is True
+
+
+def test_on_the_live_colour_a_difference_is_pending(box):
+    box.live_on_blue()
+    before, env = box.snapshot(), (box.config_dir / "blue.env").read_bytes()
+    calls = len([c for c in box.host.calls if "restart" in c])
+    answer = box.deploy("blue", box.bundle("3.0.0"))
+    assert (answer.status, answer.json["ok"], answer.json["changed"], answer.json["pending"]) == (0, True, False, True)
+    assert "blue is live and keeps simplemodel 1.0.0, release 1" in answer.message
+    assert "swap to green first" in answer.message
+    assert (box.snapshot(), (box.config_dir / "blue.env").read_bytes()) == (before, env)
+    assert len([c for c in box.host.calls if "restart" in c]) == calls
+    same = box.deploy("blue", box.state_dir / "bundles/simplemodel/1.0.0")
+    assert (same.status, same.json["changed"], same.json["pending"]) == (0, False, False)
+
+
+def test_dry_run_changes_nothing(box):
+    before = sorted(str(p) for p in box.root.rglob("*"))
+    directory = box.bundle()
+    answer = box.deploy("blue", directory, "appliance/model:1", "--dry-run")
+    assert (answer.status, answer.json["changed"], answer.json["would_change"]) == (0, False, True)
+    assert "as release 1" in answer.message
+    after = sorted(str(p) for p in box.root.rglob("*") if "bundles" not in str(p))
+    assert after == before
+    assert box.audit() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("reject", "weights.pth is [1mbad"),
+        ("crash", "keeps ending: 4 restarts"),
+        ("exit", "unit is inactive"),
+        ("refuse-start", "Job for unit failed"),
+        ("wrong", "response.output is 2.5 instead of 1.5"),
+        ("predict-500", "answered 500"),
+        ("hang", "isn't ready after 1.5 s: health says: starting (the model is [31mwarming up)"),
+        ("stale", "runs release 1 instead of release 2"),
+    ],
+)
+def test_a_failed_deploy_puts_the_earlier_release_back(box, fault, words):
+    box.deploy("blue", box.bundle("1.0.0"))
+    env = (box.config_dir / "blue.env").read_bytes()
+    box.host.faults["2.0.0"] = {fault}
+    directory = box.bundle("2.0.0")
+    started = time.monotonic()
+    answer = box.deploy("blue", directory)
+    assert (answer.status, answer.json["ok"], answer.json["changed"]) == (1, False, False)
+    assert words in answer.message
+    assert "release 1 was put back and is ready" in answer.message
+    assert (box.config_dir / "blue.env").read_bytes() == env
+    assert box.host.running["blue"].env["MODEL_RELEASE"] == "1"
+    assert box.audit()[-1]["outcome"] == "failed"
+    if fault == "reject":
+        assert time.monotonic() - started < 1.4, "a unit that ended is noticed at once"
+
+
+def test_a_failed_first_deploy_leaves_an_empty_colour(box):
+    box.host.faults["1.0.0"] = {"crash"}
+    answer = box.deploy("blue", box.bundle())
+    assert answer.status == 1
+    assert "last journal line: killed by the kernel" in answer.message
+    assert "blue is empty again" in answer.message
+    assert not (box.config_dir / "blue.env").exists()
+    assert box.host.units["blue"]["ActiveState"] == "inactive"
+    assert box.run("status").json["colours"]["blue"]["status"] == "empty"
+    assert box.host.enabled == set()
+
+
+def test_an_old_startup_error_doesnt_explain_a_new_failure(box):
+    (box.runtime_dir / "blue/startup_error.json").write_text('{"reason": "old story"}')
+    box.host.faults["1.0.0"] = {"exit"}
+    assert "old story" not in box.deploy("blue", box.bundle()).message
+
+
+def test_a_link_in_place_of_the_startup_error_isnt_followed(box):
+    box.deploy("blue", box.bundle())
+    secret = box.root / "secret"
+    secret.write_text('{"reason": "a secret of root"}')
+    (box.runtime_dir / "blue/startup_error.json").symlink_to(secret)
+    box.host.running["blue"].stop()
+    assert "secret of" not in json.dumps(box.run("status").json)
+
+
+def test_a_dripping_health_answer_doesnt_hold_the_engine(box):
+    box.configure(request_timeout_seconds=0.3)
+    box.deploy("blue", box.bundle())
+    box.host.running["blue"].faults.add("drip")
+    started = time.monotonic()
+    assert "no whole answer within 0.3 s" in box.run("status").json["colours"]["blue"]["reason"]
+    assert time.monotonic() - started < 3
+
+
+def test_bundle_faults(box):
+    good = box.bundle()
+
+    def refused(words, directory=good):
+        answer = box.deploy("blue", directory)
+        assert answer.status == 1, answer.message
+        assert words in answer.message
+        assert box.audit()[-1]["outcome"] == "refused"
+        assert not (box.config_dir / "blue.env").exists()
+
+    refused("isn't a directory", box.root)
+    refused("doesn't exist", good.parent / "9.9.9")
+    refused("isn't a valid name and version", box.bundle(name="Upper"))
+    (good / "extra.txt").write_text("x")
+    refused("extra.txt isn't listed")
+    (good / "extra.txt").unlink()
+    (good / "link").symlink_to("model.py")
+    refused("link is a link or a special file")
+    (good / "link").unlink()
+    (good / "weights.pth").write_text("0.6")
+    refused("weights.pth doesn't match its checksum")
+    (good / "weights.pth").unlink()
+    refused("weights.pth is listed in SHA256SUMS and missing")
+    (good / "weights.pth").write_text("0.5")
+    sums = (good / "SHA256SUMS").read_text()
+    (good / "SHA256SUMS").write_text(sums + "0" * 64 + "  ../other\n")
+    refused("outside the bundle")
+    (good / "SHA256SUMS").write_text(sums + "rubbish\n")
+    refused("line 5 isn't")
+    (good / "SHA256SUMS").unlink()
+    refused("SHA256SUMS")
+    (good / "examples.json").write_text('{"examples": []}')
+    box.seal(good)
+    refused("holds no example")
+    (good / "examples.json").unlink()
+    box.seal(good)
+    refused("no examples.json")
+    (good.parent / "8").symlink_to(good)
+    refused("symbolic link", good.parent / "8")
+
+
+def test_image_faults(box):
+    directory = box.bundle()
+    answer = box.deploy("blue", directory, "appliance/model:none")
+    assert answer.status == 1 and "isn't on this host" in answer.message
+    assert box.deploy("blue", directory, "--force").status == 2
+    assert box.deploy("blue", directory, "a b").status == 2
+    box.host.docker_down = True
+    answer = box.deploy("blue", directory)
+    assert answer.status == 1 and "is the docker service running?" in answer.message
+    (box.host.programs / "docker").unlink()
+    os.environ["PATH"] = str(box.host.programs)
+    answer = box.deploy("blue", directory)
+    assert answer.status == 1 and "docker isn't on PATH" in answer.message
+
+
+def test_a_full_disk_leaves_nothing_half_written(box, monkeypatch):
+    box.deploy("blue", box.bundle("1.0.0"))
+    env = (box.config_dir / "blue.env").read_bytes()
+    directory = box.bundle("2.0.0")
+    real = os.write
+
+    def full(descriptor, data):
+        if b"MODEL_IMAGE" in bytes(data) or b'"bundle_digest"' in bytes(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    answer = box.deploy("blue", directory)
+    assert answer.status == 1 and "disk is full" in answer.message and "release.json" in answer.message
+    assert [p.name for p in (box.state_dir / "releases").iterdir()] == ["1"]
+    monkeypatch.setattr(os, "write", lambda d, data: full(d, data) if b"MODEL_IMAGE" in bytes(data) else real(d, data))
+    answer = box.deploy("blue", directory)
+    assert answer.status == 1 and "disk is full" in answer.message
+    assert (box.config_dir / "blue.env").read_bytes() == env
+    assert sorted(p.name for p in box.config_dir.iterdir()) == ["appliance.json", "blue.env"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_waiting_puts_the_earlier_release_back(box, number):
+    box.configure(ready_timeout_seconds=30)
+    box.deploy("blue", box.bundle("1.0.0"))
+    box.host.faults["2.0.0"] = {"hang"}
+    directory = box.bundle("2.0.0")
+    process = box.popen("deploy", "blue", "--bundle", directory, "--image", "appliance/model:1")
+    wait_for(lambda: getattr(box.host.running.get("blue"), "version", "") == "2.0.0")
+    time.sleep(0.3)
+    process.send_signal(number)
+    answer = box.finish(process)
+    assert answer.status == 1
+    assert f"interrupted by {number.name}" in answer.message and "release 1 was put back" in answer.message
+    assert box.host.running["blue"].version == "1.0.0"
+    assert box.audit()[-1]["outcome"] == "failed"
+    assert box.deploy("blue", box.state_dir / "bundles/simplemodel/1.0.0").json["changed"] is False
+
+
+def test_modes_dont_depend_on_the_umask(box):
+    earlier = os.umask(0o077)
+    try:
+        box.live_on_blue()
+        assert box.run("swap").status == 0
+    finally:
+        os.umask(earlier)
+    for path in [box.routing, *box.routing.rglob("*"), *box.config_dir.glob("*.env"), box.state_dir / "audit.jsonl"]:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o755 if path.is_dir() else 0o644), path
+    assert stat.S_IMODE((box.state_dir / "releases/1").stat().st_mode) == 0o755
+    assert stat.S_IMODE((box.state_dir / "releases/1/release.json").stat().st_mode) == 0o444
