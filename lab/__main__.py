@@ -105,6 +105,7 @@ def _summary(lab, status: dict, answer: str, headers: dict[str, str], unreachabl
         return f"{entry['model']} {entry['version']}, release {entry['release']}, {entry['status']}"
 
     edge = f"http://127.0.0.1:{lab.edge_port}"
+    grafana = "left out: its repository can't be reached" if unreachable else "127.0.0.1:3000 on the host"
     variable = "" if lab.name == "appliance" else f" LAB_NAME={lab.name}"
     return f"""
 The appliance is up ({seconds:.0f} s).
@@ -115,7 +116,7 @@ The appliance is up ({seconds:.0f} s).
   POST {edge}/predict       {json.dumps(EXAMPLE)} -> {answer}   (answered by {headers.get("X-Model-Colour")})
   POST {edge}/test/predict  the idle colour
   Prometheus                            http://127.0.0.1:{lab.prometheus_port}
-  Grafana                               {"left out: its repository can't be reached" if unreachable else "on the lab's 127.0.0.1:3000"}
+  Grafana                               {grafana}
 
 Try next:
   curl -X POST {edge}/predict -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'

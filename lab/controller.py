@@ -17,7 +17,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 VENV = PROJECT / ".venv"
 LOCKS = {
     "controller": [PROJECT / "requirements/controller.txt"],
-    "dev": [PROJECT / "requirements/controller.txt", PROJECT / "requirements/dev.txt", PROJECT / "service/requirements.txt"],
+    "dev": [
+        PROJECT / "requirements/controller.txt",
+        PROJECT / "requirements/dev.txt",
+        PROJECT / "service/requirements.txt",
+    ],
 }
 
 
@@ -26,7 +30,7 @@ def ensure_environment(kind: str) -> None:
 
     `dev` contains `controller`, so a later request for the smaller one finds it satisfied.
     """
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - the user's own interpreter, before anything is pinned
         raise LabError(f"Python 3.11 or later is needed, this is {sys.version.split()[0]} ({sys.executable}).")
     if _satisfied(kind) or (kind == "controller" and _satisfied("dev")):
         return

@@ -70,7 +70,9 @@ def apt_install(*packages: str) -> None:
     :raises LabError: when this user is not root, apt is absent, or the installation fails.
     """
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise LabError(f"Please install {' and '.join(packages)} first (as root: apt-get install {' '.join(packages)}).")
+        raise LabError(
+            f"Please install {' and '.join(packages)} first (as root: apt-get install {' '.join(packages)})."
+        )
     environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
     install = [*environment, "apt-get", "install", "-y", "--no-install-recommends", *packages]
     # The package lists may be absent or stale: one refresh, and only when the first try fails.

@@ -81,7 +81,5 @@ def _bootstrap(suite: str, mirror: str) -> str:
             succeeds(["docker", "image", "rm", name])
             log.seek(0)
             last = "\n".join(log.read().decode(errors="replace").splitlines()[-10:])
-            raise LabError(
-                f"No registry could be reached for debian:{suite}-slim, and bootstrapping it from {mirror} failed:\n{last}"
-            )
+            raise LabError(f"No registry has debian:{suite}-slim, and bootstrapping it from {mirror} failed:\n{last}")
     return name

@@ -152,8 +152,18 @@ def _start_container(machine: Machine, image_name: str) -> None:
         run(["docker", "network", "create", "--opt", f"com.docker.network.driver.mtu={mtu}", machine.container])
     options = [f"--cap-add={capability}" for capability in CAPABILITIES]
     options += ["--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined", "--cgroupns=private"]
-    options += ["--tmpfs=/run:exec", "--tmpfs=/run/lock", "--tmpfs=/tmp:exec", f"--volume={machine.container}:/var/lib/docker"]
-    options += ["--env=container=docker", f"--name={machine.container}", "--hostname=lab", f"--network={machine.container}"]
+    options += [
+        "--tmpfs=/run:exec",
+        "--tmpfs=/run/lock",
+        "--tmpfs=/tmp:exec",
+        f"--volume={machine.container}:/var/lib/docker",
+    ]
+    options += [
+        "--env=container=docker",
+        f"--name={machine.container}",
+        "--hostname=lab",
+        f"--network={machine.container}",
+    ]
     for host_port, port in ((machine.ssh_port, 22), (machine.edge_port, 80)):
         options.append(f"--publish=127.0.0.1:{host_port or ''}:{port}")
     try:

@@ -5,7 +5,6 @@ Exit status 0 after SIGTERM, 78 where the bundle or a setting can't be used, 1 a
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -72,4 +71,5 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not sys.exit: taking PyTorch apart in order needs a second and is of no use to anybody.
+    os._exit(main())

@@ -2,11 +2,10 @@
 
 import gc
 import json
+import os
 import sys
-import threading
 import types
 import warnings
-from pathlib import Path
 from typing import Any
 
 # Set before the import: the numbers of threads that the environment asks for have been read by then, but PyTorch
@@ -75,6 +74,7 @@ class Model:
 
 def load(bundle: Bundle) -> Model:
     """Load, warm up and self-test the model, ready to be shared with forked workers. Raises BundleError."""
+    threads_before = _threads()
     module = _instantiate(bundle)
     _load_weights(module, bundle)
     module.eval()
@@ -83,12 +83,17 @@ def load(bundle: Bundle) -> Model:
     model = Model(module, bundle)
     _warm_up(model, requests, bundle)
     _self_test(model, requests, bundle)
-    if len(list(Path("/proc/self/task").iterdir())) > 1 or threading.active_count() > 1:
+    if _threads() > threads_before:
         raise BundleError(f"{bundle.label}: {bundle.entry_file} starts threads; they would be missing in the workers")
     # What is alive now stays: moved out of the collector's sight, its pages stay shared after the fork.
     gc.collect()
     gc.freeze()
     return model
+
+
+def _threads() -> int:
+    """Threads of this process, those of libraries included, which Python doesn't know of."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def _instantiate(bundle: Bundle) -> torch.nn.Module:

@@ -5,6 +5,7 @@ It stays single-threaded and serves nothing itself, so that it can fork safely a
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -92,6 +93,8 @@ class Supervisor:
         signal.signal(signal.SIGINT, _exit_at_once)
         try:
             # Before PyTorch is imported: the control process needs none of it, and health can say "starting".
+            gc.collect()
+            gc.freeze()
             self._slots.append(self._control_slot())
             self._start(self._slots[0])
             started = time.monotonic()

@@ -110,16 +110,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     swap.add_argument("--to", metavar="COLOUR", help="the colour that is to be live; nothing happens where it is")
     swap.add_argument("--dry-run", action="store_true", help="check, and change nothing")
-    command(
+    rollback = command(
         "rollback",
         "switch back to the colour that was live before",
         "Switches back to the colour that was live before the last switch, if it still holds that release and is "
         "healthy. A second rollback undoes the first.",
     )
-    command(
+    rollback.add_argument("--dry-run", action="store_true", help="check, and change nothing")
+    verify = command(
         "verify",
         "check the live colour: health, examples, front door",
         "Checks the live colour's health, its examples, and its answers through the front door. Changes nothing.",
+    )
+    verify.add_argument(
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="time to become well (default 0)",
     )
     history = command("history", "what happened, newest last")
     history.add_argument("-n", type=_count, default=20, metavar="N", help="how many entries (default 20)")
@@ -155,7 +163,7 @@ def _run(options: argparse.Namespace) -> Result:
     if name == "status":
         return engine.status()
     if name == "verify":
-        return engine.verify()
+        return engine.verify(options.wait)
     if name == "history":
         return engine.history(options.n)
     if name == "deploy":
@@ -168,7 +176,8 @@ def _run(options: argparse.Namespace) -> Result:
         return engine.run(f"init {tidy(options.colour, 40)}", lambda: engine.init(options.colour))
     if name == "swap":
         return engine.run("swap", lambda: engine.swap(options.to, dry_run=options.dry_run), dry_run=options.dry_run)
-    return engine.run("rollback", engine.rollback)
+    dry = options.dry_run
+    return engine.run("rollback", lambda: engine.rollback(dry_run=dry), dry_run=dry)
 
 
 def default_who() -> str:

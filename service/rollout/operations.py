@@ -89,8 +89,22 @@ class Engine:
             lines=status_table(colours, live),
         )
 
-    def verify(self) -> Result:
-        """Check the live colour: health, examples, front door. Raises NotHealthy, NeedsRoot."""
+    def verify(self, wait: float = 0.0) -> Result:
+        """Check the live colour: health, examples, front door; give it up to `wait` seconds to be well.
+
+        Raises NotHealthy, NeedsRoot.
+        """
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                return self._verify()
+            except NotHealthy as fault:
+                if time.monotonic() >= deadline:
+                    raise
+                progress(f"not yet: {fault.message}")
+                time.sleep(1)
+
+    def _verify(self) -> Result:
         try:
             state = self.routing.read()
             if state is None:
@@ -339,19 +353,18 @@ class Engine:
             )
         release, examples = self._check(target, ("ready",))
         if dry_run:
-            self.front_door.open_held(_request_body(examples)).close()
-            return Result(
-                f"would make {target} live: {_title(release)}, ready, {len(examples)} examples reproduce",
-                details={
-                    "live": state.live,
-                    "state": state.number,
-                    "release": release.number,
-                    "would_change": True,
-                },
-            )
+            return self._would_switch(target, release, examples, state)
         return self._switch("swap", target, release, examples, state)
 
-    def rollback(self) -> Result:
+    def _would_switch(self, target: str, release: Release, examples: list[Example], state: State) -> Result:
+        """What a dry run of a switch answers, once all checks have passed."""
+        self.front_door.open_held(_request_body(examples)).close()
+        return Result(
+            f"would make {target} live: {_title(release)}, ready, {len(examples)} examples reproduce",
+            details={"live": state.live, "state": state.number, "release": release.number, "would_change": True},
+        )
+
+    def rollback(self, *, dry_run: bool = False) -> Result:
         """Switch back to the colour, with the release, that was live before the last switch."""
         state = self.routing.read()
         if state is None:
@@ -370,6 +383,8 @@ class Engine:
             release, examples = self._check(target, HEALTHY)
         except Refused as fault:
             raise Refused(f"can't roll back to {target}: {fault.message}") from fault
+        if dry_run:
+            return self._would_switch(target, release, examples, state)
         return self._switch("rollback", target, release, examples, state)
 
     def _check(self, name: str, accept: tuple[str, ...]) -> tuple[Release, list[Example]]:
@@ -425,10 +440,14 @@ class Engine:
                 raise
             finally:
                 held.close()
+        # The instant of the rename as wall-clock time, for whoever measures from outside this process.
+        switched_at = time.time() - (time.monotonic() - moment)
         self._prune()
-        return self._switched(command, written, release, found, time.monotonic() - started)
+        return self._switched(command, written, release, found, switched_at, time.monotonic() - started)
 
-    def _switched(self, command: str, state: State, release: Release, found: Verification, seconds: float) -> Result:
+    def _switched(
+        self, command: str, state: State, release: Release, found: Verification, switched_at: float, seconds: float
+    ) -> Result:
         what = "rolled back: " if command == "rollback" else ""
         return Result(
             f"{what}{state.live} is live: {_title(release)}; first answer {found.first_ms:g} ms after the switch, "
@@ -440,6 +459,7 @@ class Engine:
                 "state": state.number,
                 "release": release.number,
                 "switch_ms": found.first_ms,
+                "switched_at": round(switched_at, 6),
                 "seconds": round(seconds, 3),
                 "requests": found.requests,
             },

@@ -69,9 +69,7 @@ def test_missing_and_empty_logs_are_tolerated(host):
     host.check_output("rm -f /var/log/nginx/test_access.log && nginx -s reopen && : > /var/log/nginx/error.log")
     host.check_output("rm -f /var/log/nginx/test_access.log")
     assert host.run(ROTATE).rc == 0
-    host.check_output(
-        "install -o www-data -g adm -m 0640 /dev/null /var/log/nginx/test_access.log && nginx -s reopen"
-    )
+    host.check_output("install -o www-data -g adm -m 0640 /dev/null /var/log/nginx/test_access.log && nginx -s reopen")
 
 
 def test_cron_runs_it(host, eventually):

@@ -1,4 +1,4 @@
-"""Bundles to break, and the package on the path."""
+"""Bundles to break, and short directories for sockets."""
 
 import os
 import sys
@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bundle_making import ROOT, SHIPPED, write_sums
 
-sys.path.insert(0, str(ROOT / "service"))
+# The tests are imported by file, which puts neither this folder nor the package on the path.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[3] / "service")]
 # prometheus_client looks for it when it is imported.
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
+
+from bundle_making import SHIPPED, write_sums  # noqa: E402
 
 
 @pytest.fixture

@@ -21,5 +21,7 @@ def test_the_boot_checked_it(host, eventually):
 
 def test_prometheus_is_back(host, eventually):
     eventually(
-        lambda: host.run("curl -sf http://127.0.0.1:9090/-/ready").rc == 0, seconds=60, what="Prometheus after the restart"
+        lambda: host.run("curl -sf http://127.0.0.1:9090/-/ready").rc == 0,
+        seconds=60,
+        what="Prometheus after the restart",
     )

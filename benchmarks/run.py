@@ -1,0 +1,431 @@
+#!/usr/bin/env python3
+"""Measure the appliance against its bars: a table, `reports/bench.json`, and the marked part of `docs/benchmarks.md`.
+
+Everything but `provision` needs an appliance that runs, with a release ready on both colours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "load"))
+
+from swap_client import DEFAULT_BODY, DEFAULT_URL, Settings, Summary, loopback_address, percentile  # noqa: E402
+from swap_runs import (  # noqa: E402
+    RELOAD_COMMAND,
+    Host,
+    HostError,
+    expected_seconds,
+    run_reloads,
+    run_swaps,
+    settled_status,
+    write_report,
+)
+
+BEGIN_MARK = "<!-- bench:begin, written by `make bench` -->"
+END_MARK = "<!-- bench:end -->"
+PAUSE_S = (0.2, 1.0)
+SECOND_RUN_BAR_S = 45.0
+SWITCH_BAR_MS = 50.0
+MEMORY_BAR_MIB = 260.0
+MEMORY_WORKERS = 2
+# So that a clean clone doesn't meet the lab that is there already: other names, other ports.
+CLONE_ENVIRONMENT = {
+    "LAB_NAME": "appliance-bench",
+    "LAB_EDGE_PORT": "18080",
+    "LAB_PROMETHEUS_PORT": "19090",
+    "LAB_SSH_PORT": "12222",
+}
+
+
+class BenchError(Exception):
+    """A benchmark that could not be measured; the message says why."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One figure. `value` and `bar` are in `unit`; the bar is met at or below it; without a bar there's no verdict."""
+
+    benchmark: str
+    figure: str
+    value: float
+    unit: str
+    bar: float | None
+    note: str
+    command: str
+    runs: str
+    date: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.bar is None:
+            return "-"
+        return "PASS" if self.value <= self.bar else "MISS"
+
+
+def measure_provision(given: argparse.Namespace) -> list[Row]:
+    """Seconds from `git clone` of the last commit to the first 200 of `POST /predict`, on a lab of its own."""
+    environment = {**os.environ, **{name: os.environ.get(name, value) for name, value in CLONE_ENVIRONMENT.items()}}
+    url = f"http://127.0.0.1:{environment['LAB_EDGE_PORT']}/predict"
+    if first_status(url) is not None:
+        raise BenchError(f"{url} answers already; give LAB_EDGE_PORT a free port")
+    with tempfile.TemporaryDirectory(prefix="appliance-bench-", dir="/var/tmp") as folder:
+        clone = Path(folder) / "clone"
+        begin = time.monotonic()
+        run_here(["git", "clone", "--quiet", str(ROOT), str(clone)], ROOT, environment, 300)
+        try:
+            run_here(shlex.split(given.provision_command), clone, environment, given.provision_limit)
+            while (status := first_status(url)) != 200:
+                if time.monotonic() - begin > given.provision_limit:
+                    raise BenchError(f"{url} answers {status}, not 200, after {given.provision_limit:g} s")
+                time.sleep(0.2)
+            seconds = time.monotonic() - begin
+        finally:
+            run_here(shlex.split(given.teardown_command), clone, environment, 600)
+    command = f"git clone … && {given.provision_command}"
+    return [Row("provision", "clean clone to first prediction", seconds, "s", None, "last commit", command, "1")]
+
+
+def measure_second_run(given: argparse.Namespace) -> list[Row]:
+    """Seconds of a provisioning run that has nothing to change, and the number of changes that its recap counts."""
+    seconds, changes = [], []
+    for _ in range(given.runs):
+        begin = time.monotonic()
+        output = run_here(shlex.split(given.site_command), ROOT, dict(os.environ), 1800)
+        seconds.append(time.monotonic() - begin)
+        changes.append(changed_in_recap(output))
+    middle = percentile(seconds, 0.5)
+    spread = f"{min(seconds):.1f}-{max(seconds):.1f} s"
+    runs = str(given.runs)
+    return [
+        Row("second-run", "second run of site.yml", middle, "s", SECOND_RUN_BAR_S, spread, given.site_command, runs),
+        Row("second-run", "changed in its recap", max(changes), "tasks", 0, "worst run", given.site_command, runs),
+    ]
+
+
+def measure_swaps(given: argparse.Namespace) -> list[Row]:
+    """Time from the switch to the first answer of the new colour, and requests lost, with the control beside them."""
+    host, settings = Host(given.host_command), load_settings(given)
+    summary = asyncio.run(run_swaps(host, settings, given.swaps, PAUSE_S))
+    write_report(given.reports / "bench_swaps.json", "swaps under load", summary, url=given.appliance_url)
+    control = asyncio.run(run_reloads(host, settings, given.swaps, PAUSE_S, command=given.reload_command))
+    write_report(given.reports / "bench_reloads.json", "reloads under load", control, url=given.appliance_url)
+    return swap_rows(summary, control)
+
+
+def swap_rows(summary: Summary, control: Summary) -> list[Row]:
+    """Rows of a run of swaps and of its negative control."""
+    command = "sudo appliance swap"
+    runs = f"{summary.switch_count} swaps"
+    load = f"{summary.clients} {summary.kind} clients, think 0-{summary.think_max_ms:g} ms"
+    switch_note = load
+    if unknown := sum(switch["source"] == "begin" for switch in summary.switches):
+        switch_note = f"upper bound: {unknown} instants unknown, counted from the command's start"
+    elif any(switch["source"] == "link" for switch in summary.switches):
+        switch_note = f"{load}; instants from the link's change time, up to 4 ms early"
+    if summary.first_new_ms["p50"] is None:
+        raise BenchError("no answer by a new colour was seen")
+    lost_note = f"of {summary.requests + summary.probes}; control lost {control.lost()} of "
+    lost_note += f"{control.requests + control.probes} in as many reloads"
+    lost_bar: float | None = 0
+    if control.lost() == 0 and summary.failed == 0:
+        # A client that doesn't see a reload's losses wouldn't see a swap's either: a figure, but no verdict.
+        lost_bar = None
+        lost_note += ": proves nothing"
+    rows = [
+        ("switch to first new answer, p50", summary.first_new_ms["p50"], "ms", SWITCH_BAR_MS, switch_note),
+        ("switch to first new answer, p99", summary.first_new_ms["p99"], "ms", None, switch_note),
+        ("failed requests over the swaps", summary.failed, "requests", lost_bar, lost_note),
+        ("answered by the old colour after a swap", summary.wrong_colour, "requests", 0, load),
+        ("latency across the swaps, p50", summary.latency_ms["p50"], "ms", None, load),
+        ("latency across the swaps, p99", summary.latency_ms["p99"], "ms", None, load),
+        ("lost in the control (reloads)", control.lost(), "requests", None, "must exceed 0"),
+    ]
+    return [Row("swaps", *row, command, runs) for row in rows]
+
+
+PSS_SCRIPT = r"""
+set -eu
+for id in $(docker ps -q); do
+    colour=$(docker inspect --format '{{range .Config.Env}}{{println .}}{{end}}' "$id" | sed -n 's/^MODEL_COLOUR=//p')
+    [ -n "$colour" ] || continue
+    for pid in $(docker top "$id" -eo pid | tail -n +2); do
+        pss=$(sed -n 's/^Pss: *\([0-9]*\) kB$/\1/p' "/proc/$pid/smaps_rollup")
+        echo "$colour $pid ${pss:-0}"
+    done
+done
+"""
+
+
+def measure_memory(given: argparse.Namespace) -> list[Row]:
+    """Memory of each colour: PSS, so that pages the workers share are counted once, over the container's processes."""
+    host = Host(given.host_command)
+    status = asyncio.run(settled_status(host))
+    by_colour = pss_by_colour(asyncio.run(host.script(PSS_SCRIPT)))
+    rows = []
+    for colour in (status["live"], status["idle"]):
+        if colour not in by_colour:
+            raise BenchError(f"no running container has MODEL_COLOUR={colour} in its environment")
+        workers = ((status["colours"].get(colour) or {}).get("workers") or {}).get("ready")
+        role = "live" if colour == status["live"] else "idle"
+        mib, processes = sum(by_colour[colour]) / 1024, len(by_colour[colour])
+        # The bar was set for two workers: another number is a figure, not a verdict.
+        bar = MEMORY_BAR_MIB if workers in (None, MEMORY_WORKERS) else None
+        note = f"{processes} processes, {workers if workers is not None else 'unknown number of'} workers"
+        rows.append(Row("memory", f"memory of {colour} ({role})", mib, "MiB", bar, note, "smaps_rollup, Pss", "1"))
+    return rows
+
+
+def pss_by_colour(output: str) -> dict[str, list[int]]:
+    """KiB of PSS for each process of each colour, from lines `COLOUR PID KIB`."""
+    found: dict[str, list[int]] = {}
+    for line in output.splitlines():
+        colour, _, kib = line.split()
+        found.setdefault(colour, []).append(int(kib))
+    return found
+
+
+BENCHMARKS: Mapping[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "provision": measure_provision,
+    "second-run": measure_second_run,
+    "swaps": measure_swaps,
+    "memory": measure_memory,
+}
+# A clean clone takes minutes and builds everything again: only when asked for.
+USUAL = ("second-run", "swaps", "memory")
+
+
+def changed_in_recap(output: str) -> int:
+    """The sum of `changed=` over the hosts of an Ansible recap; an error where a host failed or there's no recap."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    recap = re.findall(r"^\S+\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", plain, re.MULTILINE)
+    if not recap:
+        raise BenchError(f"no recap in the playbook's output: {plain[-500:]!r}")
+    if any(int(unreachable) or int(failed) for _, unreachable, failed in recap):
+        raise BenchError(f"the playbook failed: {plain[-500:]!r}")
+    return sum(int(changed) for changed, _, _ in recap)
+
+
+def run_here(command: Sequence[str], folder: Path, environment: Mapping[str, str], limit_s: float) -> str:
+    """Standard output of a command in `folder`, which gets `limit_s` seconds."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=dict(environment),
+            timeout=limit_s,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BenchError(f"{shlex.join(command)}: {error}") from error
+    if done.returncode != 0:
+        raise BenchError(f"{shlex.join(command)}: exit status {done.returncode}: {done.stdout[-1500:]}")
+    return done.stdout
+
+
+def first_status(url: str) -> int | None:
+    """Status of one `POST /predict`, or None where nobody answers within 5 s."""
+    request = urllib.request.Request(url, DEFAULT_BODY, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def load_settings(given: argparse.Namespace) -> Settings:
+    return Settings(
+        url=given.appliance_url,
+        clients=given.clients,
+        think_max_s=given.think_max_ms / 1000,
+        max_duration_s=expected_seconds(given.swaps, PAUSE_S),
+    )
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on, for people to read; memory in GiB."""
+    processor = next((v for k, v in _pairs("/proc/cpuinfo") if k == "model name"), platform.machine())
+    memory_kib = next((int(v.split()[0]) for k, v in _pairs("/proc/meminfo") if k == "MemTotal"), 0)
+    debian = Path("/etc/debian_version")
+    return {
+        "CPU": processor,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory_kib / 2**20:.1f} GiB",
+        "kernel": platform.release(),
+        "Debian of the controller": debian.read_text().strip() if debian.exists() else "not Debian",
+    }
+
+
+def _pairs(path: str) -> list[tuple[str, str]]:
+    lines = Path(path).read_text().splitlines()
+    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+
+
+def host_facts(given: argparse.Namespace) -> dict[str, str]:
+    """Debian's and nginx's versions on the host; without a host, nothing."""
+    script = "cat /etc/debian_version; nginx -v 2>&1; docker --version"
+    try:
+        lines = asyncio.run(Host(given.host_command).script(script)).splitlines()
+    except HostError:
+        return {}
+    return dict(zip(("Debian of the host", "nginx", "Docker"), (line.strip() for line in lines), strict=False))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, which reads well on a terminal too."""
+    cells = [("figure", "value", "bar", "", "note", "runs", "date")]
+    for row in rows:
+        bar = "-" if row.bar is None else f"<= {number(row.bar)} {row.unit}"
+        value = f"{number(row.value)} {row.unit}"
+        cells.append((row.figure, value, bar, row.verdict, row.note, row.runs, row.date))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:.1f}"
+
+
+def merge(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """New rows in place of the same benchmark's earlier ones; benchmarks that weren't run keep theirs, dated."""
+    measured = {row.benchmark for row in new}
+    kept = [row for row in earlier if row.benchmark not in measured]
+    order = list(BENCHMARKS)
+    return sorted([*kept, *new], key=lambda row: order.index(row.benchmark))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of an earlier `bench.json`; none where there's none or it's of another shape."""
+    try:
+        entries = json.loads(path.read_text())["rows"]
+        rows = [Row(**{k: v for k, v in entry.items() if k != "verdict"}) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [row for row in rows if row.benchmark in BENCHMARKS]
+
+
+def with_section(text: str, section: str) -> str:
+    """A document with the part between the marks replaced, or put at its end where it has no marks yet."""
+    block = f"{BEGIN_MARK}\n\n{section}\n\n{END_MARK}"
+    begin, end = text.find(BEGIN_MARK), text.find(END_MARK)
+    if begin < 0 and end < 0:
+        return f"{text.rstrip() or '# Benchmarks'}\n\n{block}\n"
+    if begin < 0 or end < begin:
+        raise BenchError("docs/benchmarks.md has one of its two marks only, or in the wrong order")
+    return text[:begin] + block + text[end + len(END_MARK) :]
+
+
+def section(rows: Sequence[Row], where: Mapping[str, str], command: str) -> str:
+    """The generated part of the document."""
+    facts = "; ".join(f"{name}: {value}" for name, value in where.items())
+    commands = "\n".join(f"- {name}: `{text}`" for name, text in dict.fromkeys((r.benchmark, r.command) for r in rows))
+    return f"Measured by `{command}` on: {facts}.\n\n{table(rows)}\n\nWhat was timed:\n\n{commands}"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    environment = os.environ.get
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured.",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=list(BENCHMARKS),
+        help=f"may be repeated; default: {', '.join(USUAL)}. provision is slow and runs only when asked for",
+    )
+    parser.add_argument("--appliance-url", default=environment("APPLIANCE_URL", DEFAULT_URL), help="%(default)s")
+    parser.add_argument(
+        "--host-command",
+        default=environment("APPLIANCE_HOST_COMMAND", ""),
+        help="prefix that runs a command on the host, for example 'ssh -F FILE lab'; default: APPLIANCE_HOST_COMMAND, "
+        "else this machine",
+    )
+    parser.add_argument("--swaps", type=int, default=20, help="swaps, and reloads in the control (%(default)s)")
+    parser.add_argument("--clients", type=int, default=30, help="clients under the swaps (%(default)s)")
+    parser.add_argument("--think-max-ms", type=float, default=100, help="their longest pause in ms (%(default)s)")
+    parser.add_argument(
+        "--reload-command",
+        default=environment("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND),
+        help="%(default)s",
+    )
+    parser.add_argument("--runs", type=int, default=1, help="runs of second-run (%(default)s)")
+    parser.add_argument("--site-command", default="ansible-playbook playbooks/site.yml", help="%(default)s")
+    parser.add_argument("--provision-command", default="make up", help="run in the clean clone (%(default)s)")
+    parser.add_argument("--teardown-command", default="make down", help="run in it afterwards (%(default)s)")
+    parser.add_argument("--provision-limit", type=float, default=1800, help="seconds (%(default)s)")
+    parser.add_argument("--reports", type=Path, default=ROOT / "reports", help="%(default)s")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="%(default)s")
+    given = parser.parse_args(arguments)
+    try:
+        loopback_address(given.appliance_url)
+    except ValueError as error:
+        parser.error(str(error))
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    new: list[Row] = []
+    failed = []
+    for name in [name for name in BENCHMARKS if name in (given.only or USUAL)]:
+        print(f"measuring {name} …", flush=True)
+        try:
+            new += BENCHMARKS[name](given)
+        except (BenchError, HostError) as error:
+            failed.append(name)
+            print(f"{name} could not be measured: {error}", file=sys.stderr, flush=True)
+    for row in new:
+        row.date = today
+    if new:
+        output = given.reports / "bench.json"
+        rows = merge(read_rows(output), new)
+        where = {**machine(), **host_facts(given)}
+        write_figures(output, rows, where)
+        command = "make bench" if not given.only else "benchmarks/run.py " + " ".join(f"--only {n}" for n in given.only)
+        text = given.document.read_text() if given.document.exists() else ""
+        given.document.write_text(with_section(text, section(rows, where, command)))
+        print("; ".join(f"{name}: {value}" for name, value in where.items()))
+        print(table(new))
+    if failed:
+        return 2
+    return 1 if any(row.verdict == "MISS" for row in new) else 0
+
+
+def write_figures(path: Path, rows: Sequence[Row], where: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [{**asdict(row), "verdict": row.verdict} for row in rows]
+    partial = path.with_suffix(".new")
+    partial.write_text(json.dumps({"machine": dict(where), "rows": entries}, indent=2, ensure_ascii=False) + "\n")
+    shutil.move(partial, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

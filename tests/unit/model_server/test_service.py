@@ -1,0 +1,484 @@
+"""The real processes: started, asked, killed and stopped."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from bundle_making import ROOT, SHIPPED, write_sums
+
+SECONDS = 60
+
+
+class Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(SECONDS)
+        self.sock.connect(str(self._path))
+
+
+class Service:
+    """One running container's worth of processes."""
+
+    def __init__(self, directory: Path, bundle: Path, **settings: object) -> None:
+        self.directory = directory
+        self.log_file = directory / "log"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "service"),
+            "MODEL_COLOUR": "green",
+            "MODEL_RELEASE": "7",
+            "MODEL_WORKERS": "2",
+            "MODEL_BUNDLE_DIR": str(bundle),
+            "MODEL_SOCKET_DIR": str(directory),
+            "TMPDIR": str(directory),
+            **{name: str(value) for name, value in settings.items()},
+        }
+        with open(self.log_file, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "model_server"], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def ask(self, name: str, method: str, path: str, body: bytes | None = None, **headers: str):
+        """The status, the headers and the body of an answer."""
+        connection = Connection(self.directory / f"{name}.sock")
+        try:
+            connection.request(method, path, body, {key.replace("_", "-"): value for key, value in headers.items()})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def predict(self, data: object, worker: int = 0, **headers: str):
+        return self.ask(f"worker-{worker}", "POST", "/predict", json.dumps({"data": data}).encode(), **headers)
+
+    def health(self) -> tuple[int, dict]:
+        status, _, body = self.ask("control", "GET", "/health")
+        return status, json.loads(body)
+
+    def metrics(self) -> dict[str, float]:
+        lines = self.ask("control", "GET", "/metrics")[2].decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    def wait_for(self, condition, what: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if condition():
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            assert self.process.poll() is None, self.log_file.read_text()
+            time.sleep(0.02)
+        raise AssertionError(f"never {what}: {self.log_file.read_text()}")
+
+    def wait_ready(self) -> None:
+        self.wait_for(lambda: self.health()[1]["status"] == "ready", "ready")
+
+    def children(self) -> list[int]:
+        pid = self.process.pid
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def logs(self) -> list[dict]:
+        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
+
+
+@contextmanager
+def running(directory: Path, bundle: Path, **settings: object) -> Iterator[Service]:
+    service = Service(directory, bundle, **settings)
+    try:
+        yield service
+    finally:
+        service.process.kill()
+        service.process.wait()
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with (
+        tempfile.TemporaryDirectory(prefix="ms-", dir="/tmp") as name,
+        running(Path(name), SHIPPED / "1.0.0", MODEL_MAX_BODY_BYTES=10_000) as started,
+    ):
+        started.wait_ready()
+        yield started
+
+
+def test_prediction(service):
+    expected = json.loads((SHIPPED / "1.0.0" / "examples.json").read_text())["examples"][0]["response"]["output"]
+    for worker in (0, 1):
+        status, headers, body = service.predict([0.2, 0.6], worker)
+        assert (status, headers["Content-Type"]) == (200, "application/json")
+        assert json.loads(body) == {"output": pytest.approx(expected, abs=1e-4)}
+        assert (headers["X-Model-Colour"], headers["X-Model-Version"]) == ("green", "1.0.0")
+        assert "Server" not in headers
+    assert len(json.loads(service.predict([[0.2, 0.6]] * 64)[2])["output"]) == 64
+
+
+def test_health(service):
+    status, document = service.health()
+    digest = document.pop("bundle_digest")
+    assert status == 200 and re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+    assert document.pop("workers").keys() == {"wanted", "ready", "restarts"}
+    assert document == {
+        "status": "ready",
+        "reason": None,
+        "colour": "green",
+        "release": "7",
+        "model": "simplemodel",
+        "version": "1.0.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/predict", b"{", 400),
+        ("POST", "/predict", b"", 400),
+        ("POST", "/predict", None, 400),
+        ("POST", "/predict", b'{"data": [[1, 2], [NaN, 1]]}', 400),
+        ("POST", "/predict", json.dumps({"data": [[1, 2]] * 65}).encode(), 400),
+        ("POST", "/predict", b"x" * 10_001, 413),
+        ("POST", "/predict", b"x" * 20_001, 413),
+        ("POST", "/predict/", b"{}", 404),
+        ("POST", "/x//predict", b"{}", 404),
+        ("POST", "/static/x", b"{}", 404),
+        ("GET", "/health", None, 404),
+        ("GET", "/predict", None, 405),
+        ("OPTIONS", "/predict", None, 405),
+        ("BREW", "/predict", None, 405),
+        ("DELETE", "/elsewhere", None, 404),
+    ],
+)
+def test_errors_are_json(service, method, path, body, status):
+    found, headers, answer = service.ask("worker-0", method, path, body)
+    assert (found, headers["Content-Type"]) == (status, "application/json")
+    assert json.loads(answer).keys() == {"error"}
+    assert headers["X-Request-ID"] and headers["X-Model-Version"] == "1.0.0"
+    assert headers["Allow"] == ("POST" if status == 405 else None)
+    assert str(ROOT) not in answer.decode() and "Traceback" not in answer.decode()
+
+
+def test_unparsable_http_is_answered_in_json_too(service):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(SECONDS)
+        client.connect(str(service.directory / "worker-0.sock"))
+        client.sendall(b"POST /predict HTTP/1.1\r\nContent-Length: many\r\nX-Request-ID: mine\r\n\r\n")
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"X-Request-Id: mine" in head and b"X-Model-Colour: green" in head
+    assert json.loads(body).keys() == {"error"}
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "nonsense", "multipart/form-data"])
+def test_any_content_type_is_fine(service, kind):
+    assert service.predict([0.2, 0.6], Content_Type=kind)[0] == 200
+
+
+def test_odd_host_header_is_no_failure(service):
+    assert service.predict([0.2, 0.6], Host="a b/<>")[0] in (200, 400)
+
+
+def test_request_ids(service):
+    for good in ("a", "A-b_c.9", "x" * 64):
+        assert service.predict([0.2, 0.6], X_Request_ID=good)[1]["X-Request-ID"] == good
+    for bad in ("", "x" * 65, "a b", "a;b", "\u00e9"):
+        given = service.predict([0.2, 0.6], X_Request_ID=bad)[1]["X-Request-ID"]
+        assert given != bad and re.fullmatch("[0-9a-f]{32}", given)
+
+
+def test_log_lines(service):
+    service.predict([0.123456, 0.6], X_Request_ID="logged-once")
+    service.wait_for(lambda: "logged-once" in service.log_file.read_text(), "logged")
+    assert "0.123456" not in service.log_file.read_text()
+    (line,) = [line for line in service.logs() if line.get("request_id") == "logged-once"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert line.pop("duration_ms") > 0
+    assert line == {
+        "level": "info",
+        "event": "request",
+        "message": "POST /predict 200",
+        "colour": "green",
+        "release": "7",
+        "model": "simplemodel",
+        "version": "1.0.0",
+        "request_id": "logged-once",
+        "method": "POST",
+        "path": "/predict",
+        "status": 200,
+    }
+
+
+def test_metrics(service):
+    before = service.metrics()
+    service.predict([[0.2, 0.6]] * 3)
+    service.ask("worker-0", "GET", "/made/up")
+    after = service.metrics()
+
+    def rise(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert rise('predictions_total{status="ok"}') == 3
+    assert rise("prediction_duration_seconds_count") == 1
+    assert rise('http_requests_total{code="200",method="POST",path="/predict"}') == 1
+    assert rise('http_requests_total{code="404",method="GET",path="other"}') == 1
+    assert after["acc_simplemodel"] > 0.8
+    assert after['http_requests_total{code="503",method="POST",path="/predict"}'] == 0
+    assert not [name for name in after if "pid=" in name or "_created" in name or "/made/up" in name]
+    buckets = re.findall(r'prediction_duration_seconds_bucket\{le="([^"]+)"', "\n".join(after))
+    bounds = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5]
+    assert buckets == [*map(str, bounds), "+Inf"]
+
+
+def test_sockets_are_for_owner_and_group(service):
+    for name in ("control", "worker-0", "worker-1"):
+        assert (service.directory / f"{name}.sock").stat().st_mode & 0o777 == 0o660
+
+
+def test_killed_processes_come_back_and_counters_stay(short_dir):
+    with running(short_dir, SHIPPED / "1.0.0") as service:
+        service.wait_ready()
+        for _ in range(5):
+            for worker in (0, 1):
+                service.predict([0.2, 0.6], worker)
+        files = sorted(short_dir.glob("model-metrics-*/*"))
+        for killed in (1, 2, 3):
+            # Children come oldest first, and the control process is older than any worker.
+            os.kill(service.children()[1], signal.SIGKILL)
+            # A request sent meanwhile waits in the socket's backlog for the replacement.
+            for worker in (0, 1):
+                assert service.predict([0.2, 0.6], worker)[0] == 200
+            expected = {"wanted": 2, "ready": 2, "restarts": killed}
+            service.wait_for(lambda wanted=expected: service.health()[1]["workers"] == wanted, "replaced")
+            found = service.metrics()
+            assert found['predictions_total{status="ok"}'] == 10 + 2 * killed
+            assert found["prediction_duration_seconds_count"] == 10 + 2 * killed
+            assert found["model_worker_restarts_total"] == killed
+            assert found["model_requests_in_progress"] == 0
+            assert not [name for name in found if "pid=" in name]
+        assert sorted(short_dir.glob("model-metrics-*/*")) == files
+
+        os.kill(service.children()[0], signal.SIGKILL)
+        service.wait_for(lambda: service.health()[1]["status"] == "ready", "answering again")
+        assert service.metrics()['predictions_total{status="ok"}'] == 16
+
+
+def slow(bundle: Path, seconds: float, width: int = 1) -> None:
+    """Make the model slow where the first number of a row is 9, and its answers ``width`` numbers wide."""
+    source = (bundle / "model.py").read_text()
+    source = source.replace(
+        "return self.layers(rows)",
+        f"import time\n        time.sleep({seconds} if rows[0, 0] == 9 else 0)\n"
+        f"        return self.layers(rows).repeat(1, {width})",
+    )
+    (bundle / "model.py").write_text(source)
+    if width > 1:
+        manifest = (bundle / "manifest.yaml").read_text()
+        (bundle / "manifest.yaml").write_text(manifest.replace("shape: [1]", f"shape: [{width}]"))
+        document = json.loads((bundle / "examples.json").read_text())
+        for example in document["examples"]:
+            output = example["response"]["output"]
+            wide = [[value] * width for value in output] if isinstance(output, list) else [output] * width
+            example["response"]["output"] = wide
+        (bundle / "examples.json").write_text(json.dumps(document))
+    write_sums(bundle)
+
+
+def in_background(count: int, call) -> tuple[list, list[threading.Thread]]:
+    results: list = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return results, threads
+
+
+def test_sigterm_finishes_what_was_accepted(short_dir, bundle_dir):
+    slow(bundle_dir, 0.3)
+    with running(short_dir, bundle_dir, MODEL_WORKERS=1) as service:
+        service.wait_ready()
+        results, threads = in_background(5, lambda: service.predict([9, 0]))
+        service.wait_for(lambda: service.metrics()["model_requests_in_progress"] == 5, "in progress")
+        service.process.send_signal(signal.SIGTERM)
+        service.wait_for(lambda: not (short_dir / "worker-0.sock").exists(), "closed")
+        status, document = service.health()
+        assert (status, document["status"]) == (503, "draining")
+        for thread in threads:
+            thread.join(SECONDS)
+        assert [result[0] for result in results] == [200] * 5
+        assert all(headers["Connection"] == "close" for _, headers, _ in results)
+        assert service.process.wait(SECONDS) == 0
+        assert sorted(path.name for path in short_dir.iterdir()) == ["log"]
+
+
+def test_sigterm_sends_the_whole_of_a_large_answer(short_dir, bundle_dir):
+    slow(bundle_dir, 0, width=20_000)
+    with running(short_dir, bundle_dir, MODEL_WORKERS=1) as service:
+        service.wait_ready()
+        connection = Connection(short_dir / "worker-0.sock")
+        connection.request("POST", "/predict", json.dumps({"data": [[0.2, 0.6]] * 64}))
+        response = connection.getresponse()
+        service.process.send_signal(signal.SIGTERM)
+        service.wait_for(lambda: not (short_dir / "worker-0.sock").exists(), "closed")
+        # Longer than the drain lets idle connections live.
+        time.sleep(0.5)
+        body = response.read()
+        assert len(body) > 20_000_000 and len(json.loads(body)["output"]) == 64
+        assert service.process.wait(SECONDS) == 0
+
+
+def test_sigterm_answers_connections_that_nobody_has_accepted_yet(short_dir):
+    with running(short_dir, SHIPPED / "1.0.0", MODEL_WORKERS=1) as service:
+        service.wait_ready()
+        worker = service.children()[1]
+        os.kill(worker, signal.SIGSTOP)
+        results, threads = in_background(3, lambda: service.predict([0.2, 0.6]))
+        # Time for the requests to be in the backlog; the stopped worker can't tell when they are.
+        time.sleep(0.3)
+        service.process.send_signal(signal.SIGTERM)
+        service.wait_for(lambda: not (short_dir / "worker-0.sock").exists(), "closed")
+        os.kill(worker, signal.SIGCONT)
+        for thread in threads:
+            thread.join(SECONDS)
+        assert [result[0] for result in results] == [200] * 3
+        assert service.process.wait(SECONDS) == 0
+
+
+def test_drain_ends_at_its_deadline(short_dir, bundle_dir):
+    slow(bundle_dir, 60)
+    with running(short_dir, bundle_dir, MODEL_WORKERS=1, MODEL_DRAIN_SECONDS=1) as service:
+        service.wait_ready()
+        results, threads = in_background(1, lambda: service.predict([9, 0]))
+        service.wait_for(lambda: service.metrics()["model_requests_in_progress"] == 1, "in progress")
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(10) == 0
+        threads[0].join(SECONDS)
+        assert isinstance(results[0], Exception)
+
+
+def test_full_queue_is_refused_at_once_while_health_answers(short_dir, bundle_dir):
+    slow(bundle_dir, 1.5)
+    with running(short_dir, bundle_dir, MODEL_WORKERS=1, MODEL_QUEUE_LIMIT=2) as service:
+        service.wait_ready()
+        results, threads = in_background(3, lambda: service.predict([9, 0]))
+        service.wait_for(lambda: service.metrics()["model_requests_in_progress"] == 3, "in progress")
+        started = time.monotonic()
+        status, headers, body = service.predict([0.2, 0.6])
+        assert (status, headers["Retry-After"]) == (503, "1") and json.loads(body).keys() == {"error"}
+        assert service.health()[0] == 200
+        assert time.monotonic() - started < 1
+        for thread in threads:
+            thread.join(SECONDS)
+        assert [result[0] for result in results] == [200] * 3
+
+
+def test_model_that_fails_on_a_request(short_dir, bundle_dir):
+    source = (bundle_dir / "model.py").read_text()
+    broken = "if rows[0, 0] == 9:\n            raise RuntimeError('secret place')\n"
+    broken += "        return self.layers(rows) * (float('nan') if rows[0, 0] == 8 else 1)"
+    (bundle_dir / "model.py").write_text(source.replace("return self.layers(rows)", broken))
+    write_sums(bundle_dir)
+    with running(short_dir, bundle_dir, MODEL_WORKERS=1) as service:
+        service.wait_ready()
+        for number in (9, 8):
+            status, _, body = service.predict([[number, 0], [0, 0]])
+            assert (status, json.loads(body)) == (500, {"error": "the model failed on this request"})
+        assert service.predict([0.2, 0.6])[0] == 200
+        assert service.metrics()['predictions_total{status="error"}'] == 4
+        failures = [line for line in service.logs() if line["event"] == "prediction_failed"]
+        assert len(failures) == 2 and "secret place" in failures[0]["traceback"]
+
+
+def test_health_says_starting_while_the_model_loads(short_dir, bundle_dir):
+    source = (bundle_dir / "model.py").read_text()
+    (bundle_dir / "model.py").write_text(source + "\nimport time\ntime.sleep(3)\n")
+    write_sums(bundle_dir)
+    with running(short_dir, bundle_dir) as service:
+        service.wait_for(lambda: service.health() is not None, "answering")
+        status, document = service.health()
+        assert (status, document["status"], document["workers"]["ready"]) == (503, "starting", 0)
+        assert not list(short_dir.glob("worker-*.sock"))
+        # Loading must not make the container deaf.
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(SECONDS) == 0
+        assert not list(short_dir.glob("*.sock"))
+
+
+def test_rejected_bundle(short_dir, bundle_dir):
+    (bundle_dir / "weights.pth").write_bytes(b"other")
+    (short_dir / "worker-5.sock").touch()
+    with running(short_dir, bundle_dir) as service:
+        assert service.process.wait(SECONDS) == 78
+        (line,) = service.logs()
+        assert (line["event"], line["level"]) == ("bundle_rejected", "error")
+        assert line["message"].startswith("bundle simplemodel 1.0.0: weights.pth doesn't match its checksum")
+        assert json.loads((short_dir / "startup_error.json").read_text()) == {"reason": line["message"]}
+        assert not list(short_dir.glob("*.sock"))
+
+
+def test_bundle_rejected_after_loading(short_dir, bundle_dir):
+    document = json.loads((bundle_dir / "examples.json").read_text())
+    document["examples"][0]["response"]["output"] = 0.1
+    (bundle_dir / "examples.json").write_text(json.dumps(document))
+    write_sums(bundle_dir)
+    with running(short_dir, bundle_dir) as service:
+        assert service.process.wait(SECONDS) == 78
+        assert [line["event"] for line in service.logs()] == ["bundle_rejected"]
+        assert sorted(path.name for path in short_dir.iterdir()) == ["log", "startup_error.json"]
+
+
+def test_a_start_removes_the_error_of_the_one_before(short_dir):
+    (short_dir / "startup_error.json").write_text("{}")
+    (short_dir / "worker-0.sock").touch()
+    with running(short_dir, SHIPPED / "1.1.0") as service:
+        service.wait_ready()
+        assert not (short_dir / "startup_error.json").exists()
+
+
+def test_wrong_setting(short_dir):
+    with running(short_dir, SHIPPED / "1.0.0", MODEL_WORKERS="many") as service:
+        assert service.process.wait(SECONDS) == 78
+        assert [line["event"] for line in service.logs()] == ["configuration_rejected"]
+
+
+def test_missing_socket_directory(short_dir):
+    with running(short_dir, SHIPPED / "1.0.0", MODEL_SOCKET_DIR=short_dir / "none") as service:
+        assert service.process.wait(SECONDS) == 1
+        assert [line["event"] for line in service.logs()] == ["failed"]
+
+
+def test_memory_of_two_workers(short_dir):
+    with running(short_dir, SHIPPED / "1.0.0", MALLOC_ARENA_MAX=2) as service:
+        service.wait_ready()
+        for worker in (0, 1):
+            for _ in range(50):
+                service.predict([0.2, 0.6], worker)
+        total = 0
+        for pid in (service.process.pid, *service.children()):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1])
+        assert total / 1024 < 260
