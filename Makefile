@@ -6,7 +6,6 @@ PYTHON ?= python3
 LAB := $(PYTHON) -m lab
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help up status swap rollback shell down test lint unit molecule load bench lock

@@ -74,6 +74,7 @@ class Engine:
             reason = f" ({about['reason']})" if about["reason"] else ""
             message = f"{live} is live: {about['model']} {about['version']}, {release}, {about['status']}{reason}"
         healthy = about is not None and about["status"] in HEALTHY
+        table = status_table(colours, live)
         return Result(
             message=message,
             ok=healthy,
@@ -85,8 +86,9 @@ class Engine:
                 "state": state.number if state else None,
                 "since": state.since if state else None,
                 "colours": colours,
+                "table": table,
             },
-            lines=status_table(colours, live),
+            lines=table,
         )
 
     def verify(self, wait: float = 0.0) -> Result:
