@@ -72,7 +72,7 @@ def run_control(
 ) -> None:
     """Serve health and metrics on ``listener`` until SIGTERM."""
     exporter = Exporter(metrics_directory, config, bundle, state)
-    frame = Frame(config, bundle, metrics, log, ROUTES)
+    frame = Frame(config, bundle, metrics, log, ROUTES, quiet=True)
     app = create_control_app(config, bundle, state, exporter, log, frame)
     server = Server(app, frame, listener, _THREADS, config.max_body_bytes)
     signal.signal(signal.SIGTERM, server.stop)

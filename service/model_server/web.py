@@ -30,12 +30,25 @@ _LINGER_SECONDS = 0.25
 
 
 class Frame:
-    """What every answer has in common: its headers, its log line and its place in the metrics."""
+    """What every answer has in common: its headers, its log line and its place in the metrics.
 
-    def __init__(self, config: Config, bundle: Bundle, metrics: Metrics, log: Log, routes: frozenset[str]) -> None:
+    With ``quiet`` only errors are logged: scrapes every few seconds would bury the predictions.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        bundle: Bundle,
+        metrics: Metrics,
+        log: Log,
+        routes: frozenset[str],
+        *,
+        quiet: bool = False,
+    ) -> None:
         self._metrics = metrics
         self._log = log
         self._routes = routes
+        self._quiet = quiet
         self._headers = (("X-Model-Colour", config.colour), ("X-Model-Version", bundle.version))
 
     def request_id(self, given: str | None) -> str:
@@ -51,6 +64,8 @@ class Frame:
     def record(self, request_id: str, method: str, path: str, status: int, started: float) -> None:
         """Count and log an answer; ``started`` is of ``time.perf_counter``."""
         self._metrics.count_request(method, path if path in self._routes else "other", status)
+        if self._quiet and status < 400:
+            return
         self._log.info(
             "request",
             f"{method} {path} {status}",
