@@ -52,4 +52,4 @@ molecule: environment ## the roles and playbooks on Debian 13, then on Debian 12
 	LAB_NAME=$${LAB_NAME:-molecule}-bookworm LAB_SUITE=bookworm molecule test --scenario-name default --report
 
 lock: ## write the hash-locked requirements anew
-	tools/lock
+	requirements/lock
