@@ -1,14 +1,14 @@
 # The two commands are `make up` and `make test`; `make help` lists the rest.
-# Variables: LAB_NAME, LAB_SUITE (trixie, bookworm), LAB_EDGE_PORT, LAB_PROMETHEUS_PORT, LAB_SSH_PORT,
+# Variables: LAB_NAME, LAB_SUITE (trixie, bookworm), LAB_EDGE_PORT, LAB_PROMETHEUS_PORT,
+#            LAB_GRAFANA_PORT, LAB_SSH_PORT,
 #            LAB_DEBIAN_MIRROR, LAB_GRAFANA_REPOSITORY. Example: make up LAB_EDGE_PORT=8081
 SHELL := /bin/bash
 PYTHON ?= python3
 LAB := $(PYTHON) -m lab
-BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help up status swap rollback shell down test lint unit molecule load bench lock
+.PHONY: help up status swap rollback shell down test engine environment lint unit molecule load bench lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,11 @@ shell: ## open a shell on the lab's host
 down: ## remove what `make up` made
 	@$(LAB) down
 
-test: lint unit molecule ## run everything: lint, unit tests, Molecule and the swap under load
+test: engine lint unit molecule ## run everything: lint, unit tests, Molecule and the swap under load
 	@echo "make test: everything passed."
+
+engine:
+	@$(LAB) engine
 
 environment:
 	@$(LAB) environment dev
@@ -46,10 +49,16 @@ lint: environment ## ansible-lint, yamllint, ruff
 unit: environment ## tests that need no host
 	pytest
 
-molecule: environment ## the roles and playbooks on Debian 13, then on Debian 12
-	$(LAB) engine
+molecule: engine environment ## the roles and playbooks on Debian 13, then on Debian 12
 	LAB_NAME=$${LAB_NAME:-molecule}-trixie LAB_SUITE=trixie molecule test --all --report
 	LAB_NAME=$${LAB_NAME:-molecule}-bookworm LAB_SUITE=bookworm molecule test --scenario-name default --report
+
+load: environment ## twenty swaps under load against the lab that `make up` made
+	pytest tests/load
+
+bench: environment ## measure the lab that `make up` made, and write docs/benchmarks.md; BENCH=--help tells more
+	python benchmarks/run.py --host-command "ssh -F $(CURDIR)/.lab/$(or $(LAB_NAME),appliance)/ssh_config lab" \
+	  --appliance-url http://127.0.0.1:$(or $(LAB_EDGE_PORT),8080) $(BENCH)
 
 lock: ## write the hash-locked requirements anew
 	requirements/lock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,11 @@ def up(wanted: machine.Machine) -> None:
     start = time.monotonic()
     engine.ensure()
     environment = _start_environment("controller")
-    lab = machine.create(wanted)
+    try:
+        lab = machine.create(wanted)
+    except BaseException:
+        environment.terminate()
+        raise
     _finish_environment(environment)
     unreachable = _state(lab)["grafana_unreachable"]
     if unreachable:
@@ -48,13 +53,23 @@ def playbook(lab: machine.Machine, name: str, *arguments: str) -> None:
         raise LabError(f"playbooks/{name}.yml ended with exit status {result.returncode}; the reason stands above.")
 
 
+def _running(name: str) -> machine.Machine:
+    lab = machine.load(name)
+    engine.require()
+    if not machine.is_running(lab):
+        raise LabError(f"The lab '{name}' is stopped. `make up` starts it again.")
+    return lab
+
+
 def down(name: str) -> None:
     """Remove what `up` made on this machine: the lab, its images, a Docker daemon that it started."""
-    if not (machine.STATE / name).exists():
+    lab = machine.Machine(name=name)
+    if not lab.directory.exists() and not machine.exists(lab):
         say(f"There is no lab named '{name}': nothing to remove.")
         return
+    engine.ensure()
     with step(f"Removing the lab '{name}'"):
-        machine.destroy(machine.Machine(name=name))
+        machine.destroy(lab)
         if machine.STATE.exists() and not any(machine.STATE.iterdir()):
             machine.STATE.rmdir()
             image.remove_all()
@@ -105,7 +120,9 @@ def _summary(lab, status: dict, answer: str, headers: dict[str, str], unreachabl
         return f"{entry['model']} {entry['version']}, release {entry['release']}, {entry['status']}"
 
     edge = f"http://127.0.0.1:{lab.edge_port}"
-    grafana = "left out: its repository can't be reached" if unreachable else "127.0.0.1:3000 on the host"
+    grafana = f"http://127.0.0.1:{lab.grafana_port}   user admin; password: sudo cat /etc/grafana/admin_password"
+    if unreachable:
+        grafana = "left out: its repository can't be reached"
     variable = "" if lab.name == "appliance" else f" LAB_NAME={lab.name}"
     return f"""
 The appliance is up ({seconds:.0f} s).
@@ -128,6 +145,13 @@ Try next:
 """
 
 
+def _lab_name(text: str) -> str:
+    """The name becomes part of paths and of Docker's names."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' must be lower-case letters, digits and dashes, 41 at the most")
+    return text
+
+
 def _machine_from(arguments: argparse.Namespace) -> machine.Machine:
     return machine.Machine(
         name=arguments.name,
@@ -136,6 +160,7 @@ def _machine_from(arguments: argparse.Namespace) -> machine.Machine:
         ssh_port=arguments.ssh_port,
         edge_port=arguments.edge_port,
         prometheus_port=arguments.prometheus_port,
+        grafana_port=arguments.grafana_port,
         grafana_repository=arguments.grafana_repository,
     )
 
@@ -149,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def named(name: str, text: str) -> argparse.ArgumentParser:
         sub = command(name, text)
-        sub.add_argument("--name", default=os.environ.get("LAB_NAME") or "appliance", help="which lab [LAB_NAME]")
+        default = os.environ.get("LAB_NAME") or "appliance"
+        sub.add_argument("--name", type=_lab_name, default=default, help="which lab [LAB_NAME]")
         return sub
 
     defaults = machine.Machine(name="")
@@ -158,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
         ("create", "create and boot a lab machine without provisioning it"),
     ):
         sub = named(name, text)
-        ports = {"ssh_port": 2222, "edge_port": 8080, "prometheus_port": 9090} if name == "up" else {}
+        ports = (
+            {"ssh_port": 2222, "edge_port": 8080, "prometheus_port": 9090, "grafana_port": 3000} if name == "up" else {}
+        )
         for field, text_, kind in (
             ("suite", "Debian release: " + ", ".join(image.SUITES), str),
             ("mirror", "Debian mirror", str),
@@ -166,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
             ("ssh_port", "port on 127.0.0.1 for SSH; 0 = any free one", int),
             ("edge_port", "port on 127.0.0.1 for nginx; 0 = any free one", int),
             ("prometheus_port", "port on 127.0.0.1 for the tunnel to Prometheus", int),
+            ("grafana_port", "port on 127.0.0.1 for the tunnel to Grafana", int),
         ):
             variable = f"LAB_{field.upper()}"
             default = os.environ.get(variable) or ports.get(field, getattr(defaults, field))
@@ -194,10 +223,9 @@ def main() -> int:
                 engine.ensure()
                 machine.create(_machine_from(arguments))
             case "play":
-                playbook(machine.load(arguments.name), arguments.playbook, *arguments.arguments)
+                playbook(_running(arguments.name), arguments.playbook, *arguments.arguments)
             case "shell":
-                lab = machine.load(arguments.name)
-                os.execvp("ssh", machine.ssh(lab, *arguments.remote))
+                os.execvp("ssh", machine.ssh(_running(arguments.name), *arguments.remote))
             case "restart":
                 machine.restart(machine.load(arguments.name))
             case "down":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +15,8 @@ from lab.console import LabError, run, step, succeeds
 
 PROJECT = Path(__file__).resolve().parent.parent
 VENV = PROJECT / ".venv"
+# Where the CPU builds of PyTorch are; PyPI has only those for CUDA.
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 LOCKS = {
     "controller": [PROJECT / "requirements/controller.txt"],
     "dev": [
@@ -36,15 +38,18 @@ def ensure_environment(kind: str) -> None:
         return
     with step(f"Installing the pinned Python environment ({kind}) in .venv"):
         python = VENV / "bin/python"
+        # The interpreter that this one stands on: `.venv` itself may be what runs this, and half made.
+        base = getattr(sys, "_base_executable", sys.executable)
         if not succeeds([python, "-m", "pip", "--version"]):
             shutil.rmtree(VENV, ignore_errors=True)
-            if not succeeds([sys.executable, "-c", "import ensurepip"]):
+            if not succeeds([base, "-c", "import ensurepip"]):
                 engine.apt_install("python3-venv")
-            run([sys.executable, "-m", "venv", VENV])
+            run([base, "-m", "venv", VENV])
+        indexes = [argument for url in _extra_indexes() for argument in ("--extra-index-url", url)]
         for lock in LOCKS[kind]:
             # Compiling everything costs more time than the few modules that are used ever will …
             install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--require-hashes", "-r", lock]
-            run([*install, "--disable-pip-version-check"])
+            run([*install, "--disable-pip-version-check", *indexes])
         # … except Ansible's own, which each task would otherwise compile again where bytecode isn't written.
         packages = [next(VENV.glob(f"lib/python3*/site-packages/{name}")) for name in ("ansible", "jinja2", "yaml")]
         run([python, "-m", "compileall", "-q", "-j", "0", *packages])
@@ -60,14 +65,14 @@ def package_sources() -> dict[str, object]:
     on this machine). Indexes on this machine's own disk are left out: a host can't see them.
     """
     settings = _pip_settings()
-    extra = [url for url in settings.get("extra-index-url", "").split() if urlsplit(url).scheme != "file"]
+    index = settings.get("index-url", "")
     candidates = [os.environ.get(name, "") for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")]
     bundle = next((path for path in [settings.get("cert", ""), *candidates] if path and Path(path).is_file()), "")
     return {
         "ca_bundle": bundle,
-        "pip_index_url": settings.get("index-url", ""),
-        "pip_extra_index_urls": extra,
-        "pip_find_links": settings.get("find-links", "").split(),
+        "pip_index_url": "" if _is_local(index) else index,
+        "pip_extra_index_urls": [url for url in _extra_indexes() if not _is_local(url)],
+        "pip_find_links": [link.removeprefix("file://") for link in settings.get("find-links", "").split()],
         "mtu": default_route_mtu(),
     }
 
@@ -82,15 +87,34 @@ def default_route_mtu() -> int:
         return 1500
 
 
+def _extra_indexes() -> list[str]:
+    """Further indexes that pip uses here, and PyTorch's where nothing says that it comes from elsewhere."""
+    settings = _pip_settings()
+    given = settings.get("extra-index-url", "").split()
+    elsewhere = given or settings.get("find-links") or settings.get("index-url")
+    return given if elsewhere else [TORCH_INDEX]
+
+
+def _is_local(url: str) -> bool:
+    return urlsplit(url).scheme == "file"
+
+
 def _pip_settings() -> dict[str, str]:
-    listing = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
-    ).stdout
-    settings: dict[str, str] = {}
-    # Later lines win, as they do for pip: files first, then the environment.
-    for line in sorted(listing.splitlines(), key=lambda text: text.startswith(":env:")):
-        key, _, value = line.partition("=")
-        settings[key.rsplit(".", 1)[-1]] = value.strip("'\"").replace("\\n", " ")
+    """pip's settings of this user: read from its files and variables, because a system's Python may lack pip."""
+    files = [Path("/etc/pip.conf"), Path.home() / ".pip/pip.conf", Path.home() / ".config/pip/pip.conf"]
+    files.append(Path(os.environ.get("PIP_CONFIG_FILE", os.devnull)))
+    parser = configparser.RawConfigParser()
+    parser.read(files)
+    settings = {
+        key: " ".join(value.split())
+        for section in ("global", "install")
+        if parser.has_section(section)
+        for key, value in parser.items(section)
+    }
+    for key in ("index-url", "extra-index-url", "find-links", "cert"):
+        variable = f"PIP_{key.upper().replace('-', '_')}"
+        if os.environ.get(variable):
+            settings[key] = os.environ[variable]
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from lab.console import LabError, run, say, step, succeeds, wait_until
 
 LOG = Path("/var/log/appliance-lab-dockerd.log")
 PID = Path("/run/appliance-lab-dockerd.pid")
+APT_LOCK = Path("/run/appliance-lab-apt.lock")
 
 
 def ensure() -> None:
@@ -25,7 +27,7 @@ def ensure() -> None:
         raise LabError(_advice_for_ordinary_user())
     if not shutil.which("dockerd"):
         with step("Installing Docker from the distribution"):
-            apt_install("docker.io", "iptables")
+            apt_install("docker.io", "iptables", "ca-certificates")
     if not shutil.which("docker"):
         # From Debian 13 on the client is a package of its own.
         with step("Installing the Docker client"):
@@ -40,6 +42,15 @@ def ensure() -> None:
             seconds=60,
             failure=f"The Docker engine did not answer within 60 s. Its log is {LOG} (or `journalctl -u docker`).",
         )
+
+
+def require() -> None:
+    """Check that the engine answers, for commands that have no use for a fresh one.
+
+    :raises LabError: when it doesn't.
+    """
+    if not succeeds(["docker", "info"]):
+        raise LabError("The Docker engine doesn't answer, so the lab can't be reached. `make up` starts both again.")
 
 
 def stop_if_ours() -> None:
@@ -74,11 +85,14 @@ def apt_install(*packages: str) -> None:
             f"Please install {' and '.join(packages)} first (as root: apt-get install {' '.join(packages)})."
         )
     environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
-    install = [*environment, "apt-get", "install", "-y", "--no-install-recommends", *packages]
-    # The package lists may be absent or stale: one refresh, and only when the first try fails.
-    if not succeeds(install):
-        run([*environment, "apt-get", "update"])
-        run(install)
+    install = [*environment, "apt-get", "-o", "DPkg::Lock::Timeout=600", "install", "-y", "--no-install-recommends"]
+    # One at a time: the environment and the machine are made side by side, and both may need a package.
+    with APT_LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # The package lists may be absent or stale: one refresh, and only when the first try fails.
+        if not succeeds([*install, *packages]):
+            run([*environment, "apt-get", "update"])
+            run([*install, *packages])
 
 
 def _start_daemon() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lab import controller, image
+from lab import controller, engine, image
 from lab.console import LabError, run, step, succeeds, wait_until
 
 STATE = controller.PROJECT / ".lab"
@@ -21,6 +22,8 @@ CAPABILITIES = [
 USER = "admin"
 # Relative to the machine's directory: the absolute path of a deep checkout would exceed a socket's 107 bytes.
 TUNNEL_SOCKET = "tunnel"
+# Label of a container: the checkout that it belongs to, which has its key.
+OWNER = "appliance.lab.checkout"
 GRAFANA_REPOSITORY = "https://apt.grafana.com"
 
 
@@ -34,6 +37,7 @@ class Machine:
     ssh_port: int = 0
     edge_port: int = 0
     prometheus_port: int = 0
+    grafana_port: int = 0
     grafana_repository: str = GRAFANA_REPOSITORY
 
     @property
@@ -72,19 +76,31 @@ def is_running(machine: Machine) -> bool:
 
 
 def create(wanted: Machine) -> Machine:
-    """Create and boot the machine, or start it again where it exists; return it with its real ports."""
-    exists = succeeds(["docker", "container", "inspect", wanted.container])
-    if not exists:
+    """Create and boot the machine, or start it again where it exists; return it with its real ports.
+
+    :raises LabError: when a machine of that name is another checkout's, or was made with other settings.
+    """
+    # First, so that `down` finds something to remove however far this gets.
+    wanted.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not exists(wanted):
+        _require_free(wanted.prometheus_port, "LAB_PROMETHEUS_PORT")
+        _require_free(wanted.grafana_port, "LAB_GRAFANA_PORT")
         name = image.ensure(wanted.suite, wanted.mirror)
         with step(f"Booting the lab '{wanted.name}' ({image.SUITES[wanted.suite]}, systemd, SSH)"):
             _create_key(wanted.directory)
             _start_container(wanted, name)
             return _finish(wanted)
+    _require_same(wanted)
     if not is_running(wanted):
         with step(f"Starting the lab '{wanted.name}' again"):
             run(["docker", "start", wanted.container])
             return _finish(wanted)
     return _finish(wanted)
+
+
+def exists(machine: Machine) -> bool:
+    """Tell whether the machine's container exists, running or not."""
+    return succeeds(["docker", "container", "inspect", machine.container])
 
 
 def restart(machine: Machine) -> Machine:
@@ -94,11 +110,18 @@ def restart(machine: Machine) -> Machine:
 
 
 def destroy(machine: Machine) -> None:
-    """Remove the machine's container, volume, network and state; what isn't there is passed over."""
+    """Remove the machine's container, volume, network and state; what isn't there is passed over.
+
+    :raises LabError: when something is there and can't be removed; the state stays, so that it can be tried again.
+    """
     close_tunnel(machine)
-    succeeds(["docker", "rm", "--force", "--volumes", machine.container])
-    succeeds(["docker", "volume", "rm", machine.container])
-    succeeds(["docker", "network", "rm", machine.container])
+    for kind, remove in (
+        ("container", ["rm", "--force", "--volumes"]),
+        ("volume", ["volume", "rm"]),
+        ("network", ["network", "rm"]),
+    ):
+        if succeeds(["docker", kind, "inspect", machine.container]):
+            run(["docker", *remove, machine.container])
     shutil.rmtree(machine.directory, ignore_errors=True)
 
 
@@ -111,16 +134,17 @@ def open_tunnel(machine: Machine) -> None:
     """Forward the operators' pages, which listen on the host's loopback only, to the controller's loopback."""
     if _control_tunnel(machine, "check"):
         return
-    forward = f"127.0.0.1:{machine.prometheus_port}:127.0.0.1:9090"
+    pages = ((machine.prometheus_port, 9090), (machine.grafana_port, 3000))
+    forwards = [f"-L127.0.0.1:{here}:127.0.0.1:{there}" for here, there in pages if here]
     options = ["-f", "-N", "-M", "-S", TUNNEL_SOCKET, "-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=15"]
-    command = ["ssh", "-F", str(machine.ssh_config), *options, "-L", forward, "lab"]
+    command = ["ssh", "-F", str(machine.ssh_config), *options, *forwards, "lab"]
     # ssh -f keeps inherited descriptors open: a reader of a pipe would wait for ever.
     null = subprocess.DEVNULL
     result = subprocess.run(command, cwd=machine.directory, stdin=null, stdout=null, stderr=null, check=False)
     if result.returncode != 0:
         raise LabError(
-            f"The tunnel to Prometheus could not be opened: is 127.0.0.1:{machine.prometheus_port} taken? "
-            "Choose another with LAB_PROMETHEUS_PORT."
+            f"The tunnel to Prometheus and Grafana could not be opened: is 127.0.0.1:{machine.prometheus_port} or "
+            f"127.0.0.1:{machine.grafana_port} taken? Choose others with LAB_PROMETHEUS_PORT and LAB_GRAFANA_PORT."
         )
 
 
@@ -136,14 +160,48 @@ def _control_tunnel(machine: Machine, command: str) -> bool:
 
 
 def _create_key(directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = directory / "id_ed25519"
     if not key.exists():
         if not shutil.which("ssh-keygen"):
-            from lab.engine import apt_install  # noqa: PLC0415 - only where it is missing
-
-            apt_install("openssh-client")
+            engine.apt_install("openssh-client")
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "appliance-lab", "-f", key])
+
+
+def _require_free(port: int, variable: str) -> None:
+    """Find out now rather than after minutes of provisioning."""
+    if not port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise LabError(
+                f"127.0.0.1:{port} can't be used ({error.strerror}). Choose another port with {variable}."
+            ) from error
+
+
+def _require_same(wanted: Machine) -> None:
+    """Refuse what an existing machine can't become; a changed port of the tunnel is simply opened anew."""
+    inspect = ["docker", "inspect", "--format", f'{{{{index .Config.Labels "{OWNER}"}}}}', wanted.container]
+    owner = run(inspect).strip()
+    if owner != str(controller.PROJECT) or not (wanted.directory / "lab.json").exists():
+        raise LabError(
+            f"A lab named '{wanted.name}' exists already, made from {owner or 'elsewhere'}, or it was never finished. "
+            "Remove it with `make down`, or choose another name and ports: make up LAB_NAME=second LAB_EDGE_PORT=8081 "
+            "LAB_PROMETHEUS_PORT=9091 LAB_GRAFANA_PORT=3001 LAB_SSH_PORT=2223"
+        )
+    made = load(wanted.name)
+    fixed = {"suite": "LAB_SUITE", "ssh_port": "LAB_SSH_PORT", "edge_port": "LAB_EDGE_PORT"}
+    for field, variable in fixed.items():
+        value = getattr(wanted, field)
+        if value not in (0, getattr(made, field)):
+            raise LabError(
+                f"The lab '{wanted.name}' was made with {variable}={getattr(made, field)}, not {value}. `make down` first, "
+                "or leave the variable as it was."
+            )
+    if (made.prometheus_port, made.grafana_port) != (wanted.prometheus_port, wanted.grafana_port):
+        close_tunnel(made)
 
 
 def _start_container(machine: Machine, image_name: str) -> None:
@@ -160,6 +218,7 @@ def _start_container(machine: Machine, image_name: str) -> None:
     ]
     options += [
         "--env=container=docker",
+        f"--label={OWNER}={controller.PROJECT}",
         f"--name={machine.container}",
         "--hostname=lab",
         f"--network={machine.container}",
@@ -245,9 +304,14 @@ def _record(machine: Machine) -> None:
 def _why_grafana_is_unreachable(machine: Machine) -> str:
     """Ask the machine itself, because it is the one that installs; the empty string means reachable."""
     probe = (
-        "import sys, urllib.request as r\n"
-        "try: r.urlopen(sys.argv[1] + '/dists/stable/InRelease', timeout=10).read(1)\n"
+        "import ssl, sys, urllib.request as r\n"
+        "trust = ssl.create_default_context()\n"
+        "extra = sys.stdin.read()\n"
+        "if extra: trust.load_verify_locations(cadata=extra)\n"
+        "try: r.urlopen(sys.argv[1] + '/dists/stable/InRelease', timeout=10, context=trust).read(1)\n"
         "except Exception as error: print(getattr(error, 'reason', error))"
     )
-    command = ["docker", "exec", machine.container, "python3", "-c", probe, machine.grafana_repository]
-    return run(command).strip()
+    bundle = controller.package_sources()["ca_bundle"]
+    extra = Path(str(bundle)).read_text() if bundle else ""
+    command = ["docker", "exec", "-i", machine.container, "python3", "-c", probe, machine.grafana_repository]
+    return run(command, input_text=extra).strip()

@@ -1,5 +1,6 @@
 """Options of the load tests, which need a whole appliance and are collected only where one is named."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from swap_runs import RELOAD_COMMAND, Host, expected_seconds  # noqa: E402
 
 PAUSE_S = (0.2, 1.0)
 REPORTS = HERE.parents[1] / "reports"
+
+LAB = HERE.parents[1] / ".lab" / (os.environ.get("LAB_NAME") or "appliance") / "lab.json"
 
 NEEDS_APPLIANCE = "test_swap_under_load.py"
 
@@ -34,11 +37,23 @@ def pytest_addoption(parser):
 
 
 def setting(config, option, variable, default):
-    """An option, else an environment variable, else a default."""
+    """An option, else an environment variable, else what the lab tool recorded, else a default."""
     given = config.getoption(option, default=None)
     if given is not None:
         return given
-    return type(default)(os.environ.get(variable, default))
+    return type(default)(os.environ.get(variable) or lab().get(variable, default))
+
+
+def lab():
+    """How the lab's machine is reached, where there is one."""
+    try:
+        recorded = json.loads(LAB.read_text())
+    except FileNotFoundError:
+        return {}
+    return {
+        "APPLIANCE_HOST_COMMAND": f"ssh -F {recorded['directory']}/ssh_config lab",
+        "APPLIANCE_URL": f"http://127.0.0.1:{recorded['edge_port']}",
+    }
 
 
 def pytest_ignore_collect(collection_path, config):

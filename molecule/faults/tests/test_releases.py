@@ -67,7 +67,7 @@ def test_a_broken_bundle_never_becomes_ready(host, edge, engine, playbook, tmp_p
     broken = bundle(tmp_path / "broken", version, change, checksums=checksums)
     before = engine("status")
     releases = json.dumps({"rollout_releases": {before["idle"]: str(broken)}})
-    result = playbook("site", "-e", releases)
+    result = playbook("site", "--tags", "releases", "-e", releases)
     assert result.returncode != 0
     assert word in result.stdout, result.stdout[-3000:]
     after = engine("status")
@@ -85,7 +85,7 @@ def test_the_reason_is_one_line_of_the_journal(host):
 
 def test_a_delivered_bundle_never_changes(playbook, engine, tmp_path):
     changed = bundle(tmp_path / "changed", "1.0.0", lambda directory: None)
-    result = playbook("site", "-e", json.dumps({"rollout_releases": {engine("status")["idle"]: str(changed)}}))
+    result = playbook("site", "--tags", "releases", "-e", json.dumps({"rollout_releases": {engine("status")["idle"]: str(changed)}}))
     assert result.returncode != 0
     assert "new version" in result.stdout
 
@@ -94,7 +94,7 @@ def test_a_pending_change_leaves_the_live_colour_alone(host, playbook, engine, t
     before = engine("status")
     started = host.check_output(f"systemctl show -p ActiveEnterTimestamp model@{before['live']}.service")
     good = bundle(tmp_path / "good", "9.1.0", lambda directory: None)
-    result = playbook("site", "-e", json.dumps({"rollout_releases": {before["live"]: str(good)}}))
+    result = playbook("site", "--tags", "releases", "-e", json.dumps({"rollout_releases": {before["live"]: str(good)}}))
     assert result.returncode == 0, result.stdout[-3000:]
     assert "swap" in result.stdout
     assert engine("status")["colours"][before["live"]]["version"] == before["colours"][before["live"]]["version"]
