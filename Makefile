@@ -57,8 +57,7 @@ load: environment ## twenty swaps under load against the lab that `make up` made
 	pytest tests/load
 
 bench: environment ## measure the lab that `make up` made, and write docs/benchmarks.md; BENCH=--help tells more
-	python benchmarks/run.py --host-command "ssh -F $(CURDIR)/.lab/$(or $(LAB_NAME),appliance)/ssh_config lab" \
-	  --appliance-url http://127.0.0.1:$(or $(LAB_EDGE_PORT),8080) $(BENCH)
+	python benchmarks/run.py $(BENCH)
 
 lock: ## write the hash-locked requirements anew
 	requirements/lock

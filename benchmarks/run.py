@@ -33,6 +33,7 @@ from swap_runs import (  # noqa: E402
     Host,
     HostError,
     expected_seconds,
+    recorded_lab,
     run_reloads,
     run_swaps,
     settled_status,
@@ -52,6 +53,7 @@ CLONE_ENVIRONMENT = {
     "LAB_NAME": "appliance-bench",
     "LAB_EDGE_PORT": "18080",
     "LAB_PROMETHEUS_PORT": "19090",
+    "LAB_GRAFANA_PORT": "13000",
     "LAB_SSH_PORT": "12222",
 }
 
@@ -83,10 +85,10 @@ class Row:
 
 def measure_provision(given: argparse.Namespace) -> list[Row]:
     """Seconds from `git clone` of the last commit to the first 200 of `POST /predict`, on a lab of its own."""
-    environment = {**os.environ, **{name: os.environ.get(name, value) for name, value in CLONE_ENVIRONMENT.items()}}
+    environment = {**os.environ, **CLONE_ENVIRONMENT}
     url = f"http://127.0.0.1:{environment['LAB_EDGE_PORT']}/predict"
     if first_status(url) is not None:
-        raise BenchError(f"{url} answers already; give LAB_EDGE_PORT a free port")
+        raise BenchError(f"{url} answers already: something else uses that port")
     with tempfile.TemporaryDirectory(prefix="appliance-bench-", dir="/var/tmp") as folder:
         clone = Path(folder) / "clone"
         begin = time.monotonic()
@@ -101,7 +103,9 @@ def measure_provision(given: argparse.Namespace) -> list[Row]:
         finally:
             run_here(shlex.split(given.teardown_command), clone, environment, 600)
     command = f"git clone … && {given.provision_command}"
-    return [Row("provision", "clean clone to first prediction", seconds, "s", PROVISION_BAR_S, "last commit", command, "1")]
+    return [
+        Row("provision", "clean clone to first prediction", seconds, "s", PROVISION_BAR_S, "last commit", command, "1")
+    ]
 
 
 def measure_second_run(given: argparse.Namespace) -> list[Row]:
@@ -350,7 +354,7 @@ def section(rows: Sequence[Row], where: Mapping[str, str], command: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    environment = os.environ.get
+    known = {**recorded_lab(), **os.environ}
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured.",
@@ -361,22 +365,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=list(BENCHMARKS),
         help=f"may be repeated; default: {', '.join(USUAL)}. provision is slow and runs only when asked for",
     )
-    parser.add_argument("--appliance-url", default=environment("APPLIANCE_URL", DEFAULT_URL), help="%(default)s")
+    parser.add_argument("--appliance-url", default=known.get("APPLIANCE_URL", DEFAULT_URL), help="%(default)s")
     parser.add_argument(
         "--host-command",
-        default=environment("APPLIANCE_HOST_COMMAND", ""),
+        default=known.get("APPLIANCE_HOST_COMMAND", ""),
         help="prefix that runs a command on the host, for example 'ssh -F FILE lab'; default: APPLIANCE_HOST_COMMAND, "
-        "else this machine",
+        "else the lab that `make up` made, else this machine",
     )
     parser.add_argument("--swaps", type=int, default=20, help="swaps, and reloads in the control (%(default)s)")
     parser.add_argument("--clients", type=int, default=30, help="clients under the swaps (%(default)s)")
     parser.add_argument("--think-max-ms", type=float, default=100, help="their longest pause in ms (%(default)s)")
     parser.add_argument(
         "--reload-command",
-        default=environment("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND),
+        default=known.get("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND),
         help="%(default)s",
     )
-    parser.add_argument("--runs", type=int, default=1, help="runs of second-run (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of second-run (%(default)s)")
     parser.add_argument("--site-command", default="ansible-playbook playbooks/site.yml", help="%(default)s")
     parser.add_argument("--provision-command", default="make up", help="run in the clean clone (%(default)s)")
     parser.add_argument("--teardown-command", default="make down", help="run in it afterwards (%(default)s)")

@@ -17,7 +17,7 @@ try:
 except FileNotFoundError:
     # Not an error of its own: playbooks then say that no host matched, and linters read inventories too.
     print(f"There is no lab named '{name}'. Create it with `make up`.", file=sys.stderr)
-    json.dump({"appliance": {"hosts": []}}, sys.stdout)
+    json.dump({"appliance": {"hosts": []}, "_meta": {"hostvars": {}}}, sys.stdout)
     sys.exit()
 
 options = ["-o", f'UserKnownHostsFile="{lab["directory"]}/known_hosts"']

@@ -1,6 +1,5 @@
 """Options of the load tests, which need a whole appliance and are collected only where one is named."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,12 +10,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from swap_client import DEFAULT_URL, Settings  # noqa: E402
-from swap_runs import RELOAD_COMMAND, Host, expected_seconds  # noqa: E402
+from swap_runs import RELOAD_COMMAND, Host, expected_seconds, recorded_lab  # noqa: E402
 
 PAUSE_S = (0.2, 1.0)
 REPORTS = HERE.parents[1] / "reports"
 
-LAB = HERE.parents[1] / ".lab" / (os.environ.get("LAB_NAME") or "appliance") / "lab.json"
 
 NEEDS_APPLIANCE = "test_swap_under_load.py"
 
@@ -41,19 +39,7 @@ def setting(config, option, variable, default):
     given = config.getoption(option, default=None)
     if given is not None:
         return given
-    return type(default)(os.environ.get(variable) or lab().get(variable, default))
-
-
-def lab():
-    """How the lab's machine is reached, where there is one."""
-    try:
-        recorded = json.loads(LAB.read_text())
-    except FileNotFoundError:
-        return {}
-    return {
-        "APPLIANCE_HOST_COMMAND": f"ssh -F {recorded['directory']}/ssh_config lab",
-        "APPLIANCE_URL": f"http://127.0.0.1:{recorded['edge_port']}",
-    }
+    return type(default)(os.environ.get(variable) or recorded_lab().get(variable, default))
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -62,7 +48,7 @@ def pytest_ignore_collect(collection_path, config):
     asked_for = [Path(str(argument).split("::")[0]).resolve() for argument in config.args]
     if any(path == HERE or HERE in path.parents for path in asked_for):
         # Asked for by name and not run must not look like a success.
-        raise pytest.UsageError("load tests need an appliance: give --host-command or set APPLIANCE_HOST_COMMAND")
+        raise pytest.UsageError("load tests need an appliance: run `make up`, or give --host-command")
     return True
 
 

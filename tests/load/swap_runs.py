@@ -30,6 +30,19 @@ RELOAD_COMMAND = "sudo systemctl reload nginx"
 CLOCK_SLACK_S = 0.005
 
 
+def recorded_lab() -> dict[str, str]:
+    """How the lab's machine is reached, where `make up` has made one: values for APPLIANCE_URL and …_HOST_COMMAND."""
+    name = os.environ.get("LAB_NAME") or "appliance"
+    try:
+        lab = json.loads((Path(__file__).resolve().parents[2] / ".lab" / name / "lab.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {
+        "APPLIANCE_HOST_COMMAND": f"ssh -F {lab['directory']}/ssh_config lab",
+        "APPLIANCE_URL": f"http://127.0.0.1:{lab['edge_port']}",
+    }
+
+
 class HostError(Exception):
     """A command on the host failed; the message says which, its status and what it printed."""
 

@@ -1,11 +1,13 @@
 """The provisioned host, rung by rung: installed, running, ours, and doing its work."""
 
 import json
+import re
 
 import pytest
 
 UNITS = [
     *("nginx.service", "docker.service", "cron.service", "prometheus.service", "prometheus-node-exporter.service"),
+    "prometheus-nginx-exporter.service",
     *("model@blue.service", "model@green.service", "appliance-verify.service"),
 ]
 
@@ -59,6 +61,9 @@ def test_nginx_runs_our_configuration(host):
     shown = host.run("nginx -T").stdout
     assert "upstream model_blue" in shown
     assert shown.count("default_server") == 1
+    # The first colour is looked at again after the second, or a rename between two looks would find neither.
+    looks = re.findall(r"if \(-f /var/lib/appliance/routing/current/(\w+)\)", shown)
+    assert looks == ["blue", "green", "blue"]
 
 
 @pytest.mark.parametrize("colour", ["blue", "green"])
@@ -144,7 +149,7 @@ def test_prometheus_scrapes_everything(host, eventually):
         text = host.check_output("curl -sf 'http://127.0.0.1:9090/api/v1/query?query=up'")
         series = json.loads(text)["data"]["result"]
         found = {(row["metric"]["job"], row["metric"].get("colour", "")): row["value"][1] for row in series}
-        wanted = {("prometheus", ""), ("node", ""), ("model", "blue"), ("model", "green")}
+        wanted = {("prometheus", ""), ("node", ""), ("nginx", ""), ("model", "blue"), ("model", "green")}
         return found if wanted <= set(found) and set(found.values()) == {"1"} else None
 
     eventually(up, what="every target up")

@@ -21,11 +21,13 @@ CASES = {
     "null": ("POST", "/predict", b'{"data": null}', 400),
     "NaN": ("POST", "/predict", b'{"data": [NaN, 0.6]}', 400),
     "infinity": ("POST", "/predict", b'{"data": [1e999, 0.6]}', 400),
+    "numbers too large for the model": ("POST", "/predict", b'{"data": [3.4e38, 3.4e38]}', 400),
     "not UTF-8": ("POST", "/predict", b'{"data": "\xff\xfe"}', 400),
     "unknown path": ("GET", "/nothing/here", None, 404),
     "unknown test path": ("GET", "/test/nothing", None, 404),
     "metrics are for the inside": ("GET", "/metrics", None, 404),
     "test metrics too": ("GET", "/test/metrics", None, 404),
+    "half a path": ("POST", "/test", b"{}", 404),
     "wrong method": ("GET", "/predict", None, 405),
     "odd method": ("DELETE", "/predict", None, 405),
     "too large": ("POST", "/predict", b" " * 1_100_000, 413),
@@ -54,6 +56,8 @@ def test_wrong_method_names_the_right_one(edge):
     [
         b"NONSENSE\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: nine\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\nConnection: close\r\n\r\n",
+        b"GET /predict HTTP/2.0\r\nHost: a\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nX-Long: " + b"x" * 50000 + b"\r\n\r\n",
     ],
 )
@@ -66,6 +70,24 @@ def test_broken_http_gets_json_too(edge, raw):
     head, _, body = reply.partition(b"\r\n\r\n")
     assert head.split()[1].startswith(b"4")
     assert json.loads(body)["error"]
+
+
+def test_an_error_of_nginx_is_logged_as_what_was_asked(host, edge):
+    edge.request("POST", "/test/predict", b" " * 1_100_000, {"X-Request-ID": "too-large-for-test"})
+    lines = host.file("/var/log/nginx/test_access.log").content_string.splitlines()
+    entry = next(json.loads(line) for line in lines if "too-large-for-test" in line)
+    assert (entry["environment"], entry["method"], entry["path"]) == ("test", "POST", "/test/predict")
+    assert entry["status"] == 413
+    assert "too-large-for-test" not in host.file("/var/log/nginx/prod_access.log").content_string
+
+
+def test_a_path_that_is_no_text_keeps_the_log_readable(host, edge):
+    with socket.create_connection(("127.0.0.1", edge.port), timeout=20) as connection:
+        connection.sendall(b"GET /\xff\xfe HTTP/1.1\r\nHost: a\r\nX-Request-ID: no-text\r\nConnection: close\r\n\r\n")
+        while connection.recv(65536):
+            pass
+    line = host.check_output("grep -a no-text /var/log/nginx/prod_access.log | iconv -f UTF-8 -t UTF-8")
+    assert json.loads(line)["path"] == "-"
 
 
 def test_the_service_still_works(edge):

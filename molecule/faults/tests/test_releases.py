@@ -85,7 +85,9 @@ def test_the_reason_is_one_line_of_the_journal(host):
 
 def test_a_delivered_bundle_never_changes(playbook, engine, tmp_path):
     changed = bundle(tmp_path / "changed", "1.0.0", lambda directory: None)
-    result = playbook("site", "--tags", "releases", "-e", json.dumps({"rollout_releases": {engine("status")["idle"]: str(changed)}}))
+    result = playbook(
+        "site", "--tags", "releases", "-e", json.dumps({"rollout_releases": {engine("status")["idle"]: str(changed)}})
+    )
     assert result.returncode != 0
     assert "new version" in result.stdout
 
@@ -99,6 +101,17 @@ def test_a_pending_change_leaves_the_live_colour_alone(host, playbook, engine, t
     assert "swap" in result.stdout
     assert engine("status")["colours"][before["live"]]["version"] == before["colours"][before["live"]]["version"]
     assert host.check_output(f"systemctl show -p ActiveEnterTimestamp model@{before['live']}.service") == started
+
+
+def test_changed_settings_reach_the_idle_colour_only(host, playbook, engine):
+    before = engine("status")
+    result = playbook("site", "--tags", "releases", "-e", "model_pids_limit=300")
+    assert result.returncode == 0, result.stdout[-3000:]
+    after = engine("status")
+    assert after["colours"][before["idle"]]["release"] != before["colours"][before["idle"]]["release"]
+    assert after["colours"][before["live"]]["release"] == before["colours"][before["live"]]["release"]
+    assert "swap" in result.stdout
+    assert playbook("site", "--tags", "releases").returncode == 0
 
 
 def test_two_swaps_at_once_do_not_interleave(lab, engine):

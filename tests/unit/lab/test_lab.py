@@ -125,5 +125,5 @@ def test_help(arguments):
 def test_the_inventory_without_a_lab_has_no_host():
     environment = {**os.environ, "LAB_NAME": "no-such-lab"}
     result = subprocess.run([PROJECT / "inventory/lab/hosts.py"], capture_output=True, text=True, env=environment)
-    assert json.loads(result.stdout) == {"appliance": {"hosts": []}}
+    assert json.loads(result.stdout) == {"appliance": {"hosts": []}, "_meta": {"hostvars": {}}}
     assert "make up" in result.stderr
