@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +21,7 @@ CHECKSUMS = "SHA256SUMS"
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}")
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_LONGEST_MESSAGE = 2000
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -73,9 +75,13 @@ def read(directory: Path) -> Bundle:
         digest = _verify_checksums(directory)
         return _parse(directory, digest, manifest_bytes, _read_file(directory, EXAMPLES))
     except _Problem as problem:
-        raise BundleError(f"{label}: {problem}") from None
+        raise BundleError(f"{label}: {problem}"[:_LONGEST_MESSAGE]) from None
     except OSError as error:
         raise BundleError(f"{label}: {error.filename or 'a file'} can't be read: {error.strerror}") from None
+    # Whatever else a file can hold that trips the code above: the bundle is at fault, and another start won't help.
+    except Exception as error:
+        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BundleError(f"{label}: can't be read: {summary}"[:_LONGEST_MESSAGE]) from error
 
 
 class _Problem(Exception):
@@ -85,8 +91,9 @@ class _Problem(Exception):
 def _label(manifest: bytes) -> str:
     try:
         fields = yaml.safe_load(manifest)
-        return f"bundle {fields['name']} {fields['version']}"
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        return f"bundle {fields['name']} {fields['version']}"[:200]
+    # PyYAML raises nearly anything: ValueError for a date that doesn't exist, RecursionError for deep nesting.
+    except Exception:
         return "bundle"
 
 
@@ -156,7 +163,7 @@ def _inner_path(text: str, where: str) -> str:
 def _parse(directory: Path, digest: str, manifest: bytes, examples: bytes) -> Bundle:
     try:
         document = yaml.safe_load(manifest)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:
         raise _Problem(f"{MANIFEST} is not YAML: {' '.join(str(error).split())}") from None
     top = _Fields(document, "")
     entry = _Fields(top.take("entry"), "entry")
@@ -246,8 +253,8 @@ def _tensor(value: Any, where: str) -> TensorSpec:
     features = fields.take("features", [])
     if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
         raise fields.fail("features", features, "a list of names")
-    if features and len(features) != shape[-1:][0]:
-        raise fields.fail("features", features, f"{shape[-1:][0]} names, as many as the last dimension of the shape")
+    if features and len(features) != (wanted := shape[-1] if shape else 0):
+        raise fields.fail("features", features, f"{wanted} names, as many as the last dimension of the shape")
     fields.finish()
     return TensorSpec(tuple(shape), dtype)
 
@@ -259,8 +266,8 @@ def _metrics(value: Any) -> dict[str, float]:
         number = fields.take(key)
         if not isinstance(key, str) or not _METRIC.fullmatch(key):
             raise _Problem(f"{MANIFEST}: metrics.{key} must have a name that matches ^{_METRIC.pattern}$")
-        if type(number) not in (int, float):
-            raise fields.fail(key, number, "a number")
+        if type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
+            raise fields.fail(key, number, "a finite number")
         metrics[key] = float(number)
     return metrics
 
@@ -278,7 +285,7 @@ def _examples(data: bytes) -> tuple[Example, ...]:
         if not isinstance(item, dict) or item.keys() != {"request", "response", "tolerance"}:
             raise _Problem(f'{EXAMPLES}: example {index} must have exactly "request", "response" and "tolerance"')
         tolerance = item["tolerance"]
-        if type(tolerance) not in (int, float) or not 0 <= tolerance < float("inf"):
+        if type(tolerance) not in (int, float) or not 0 <= tolerance <= sys.float_info.max:
             raise _Problem(f"{EXAMPLES}: example {index} has the tolerance {tolerance!r}; it must be a number from 0")
         examples.append(Example(item["request"], item["response"], float(tolerance)))
     return tuple(examples)

@@ -26,6 +26,7 @@ class Config:
     max_body_bytes: int
     queue_limit: int
     drain_seconds: int
+    hang_seconds: int
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Config":
@@ -41,8 +42,9 @@ class Config:
             socket_dir=Path(environ.get("MODEL_SOCKET_DIR") or "/run/appliance"),
             max_body_bytes=_whole(environ, "MODEL_MAX_BODY_BYTES", 1_048_576, 1, 1 << 30),
             # Each waiting request holds a thread of its worker, hence the upper bound.
-            queue_limit=_whole(environ, "MODEL_QUEUE_LIMIT", 64, 1, 512),
+            queue_limit=_whole(environ, "MODEL_QUEUE_LIMIT", 32, 1, 512),
             drain_seconds=_whole(environ, "MODEL_DRAIN_SECONDS", 25, 0, 3600),
+            hang_seconds=_whole(environ, "MODEL_HANG_SECONDS", 60, 1, 3600),
         )
         longest = os.fsencode(config.worker_socket(config.workers - 1))
         if len(longest) > _LONGEST_SOCKET_PATH:

@@ -7,6 +7,10 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any
 
+# What collects the log cuts lines apart at 48 KiB.
+_LONGEST_MESSAGE = 4000
+_LONGEST_TRACEBACK = 8000
+
 
 class Log:
     """Writes one JSON object a line to a file descriptor, with a set of fields common to all lines.
@@ -33,12 +37,19 @@ class Log:
     def error(self, event: str, message: str, exception: BaseException | None = None, **fields: Any) -> None:
         """Something that failed; the traceback of ``exception`` goes to the field ``traceback``."""
         if exception is not None:
-            fields["traceback"] = "".join(traceback.format_exception(exception))
+            fields["traceback"] = "".join(traceback.format_exception(exception))[-_LONGEST_TRACEBACK:]
         self._write("error", event, message, fields)
 
     def _write(self, level: str, event: str, message: str, fields: dict[str, Any]) -> None:
         time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = {"time": time, "level": level, "event": event, "message": message, **self._fields, **fields}
+        line = {
+            "time": time,
+            "level": level,
+            "event": event,
+            "message": message[:_LONGEST_MESSAGE],
+            **self._fields,
+            **fields,
+        }
         data = json.dumps(line, default=str).encode() + b"\n"
         # One write for each line: several processes share this pipe, and lines up to PIPE_BUF then never mix.
         try:

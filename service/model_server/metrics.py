@@ -5,6 +5,8 @@ a replacement worker goes on where the dead one stopped. So counters never fall,
 """
 
 import shutil
+import struct
+import time
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
@@ -47,9 +49,7 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=None,
         )
-        self._requests = Counter(
-            "http_requests", "HTTP requests answered.", ["method", "path", "code"], registry=None
-        )
+        self._requests = Counter("http_requests", "HTTP requests answered.", ["method", "path", "code"], registry=None)
         for (method, path), codes in _USUAL_CODES.items():
             for code in codes:
                 self._requests.labels(method, path, str(code))
@@ -83,6 +83,12 @@ class Exporter:
 
     def text(self) -> bytes:
         """The Prometheus text format, version 0.0.4."""
+        # A file that a replacement is just making is empty for an instant.
+        for _ in range(2):
+            try:
+                return generate_latest(self._registry)
+            except struct.error:
+                time.sleep(0.02)
         return generate_latest(self._registry)
 
 
@@ -104,9 +110,7 @@ def _constant_metrics(config: Config, bundle: Bundle) -> Iterator[Metric]:
     info = GaugeMetricFamily("model_info", "What is served; always 1.", labels=["model", "version", "bundle_digest"])
     info.add_metric([bundle.name, bundle.version, bundle.digest], 1)
     yield info
-    yield GaugeMetricFamily(
-        "model_queue_limit", "Predictions that may wait in one worker.", value=config.queue_limit
-    )
+    yield GaugeMetricFamily("model_queue_limit", "Predictions that may wait in one worker.", value=config.queue_limit)
     others = GaugeMetricFamily("model_training_metric", "Other metrics of the manifest.", labels=["metric"])
     for name, value in bundle.metrics.items():
         if name == "accuracy":

@@ -49,7 +49,7 @@ class Model:
                 values = values.tolist()
             if not isinstance(values, list) or len(values) != len(rows):
                 raise TypeError(f"postprocess must return a list with one value for each of {len(rows)} rows")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelFailed(f"the model failed: {type(error).__name__}: {error}") from error
         return values
 
@@ -74,6 +74,16 @@ class Model:
 
 def load(bundle: Bundle) -> Model:
     """Load, warm up and self-test the model, ready to be shared with forked workers. Raises BundleError."""
+    try:
+        return _load(bundle)
+    # Of the model's own code too, which may call sys.exit.
+    except (Exception, SystemExit) as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{bundle.label}: the model can't be loaded: {_summary(error)}") from error
+
+
+def _load(bundle: Bundle) -> Model:
     threads_before = _threads()
     module = _instantiate(bundle)
     _load_weights(module, bundle)
@@ -104,7 +114,7 @@ def _instantiate(bundle: Bundle) -> torch.nn.Module:
     try:
         # Compiled from the bytes and not imported, which would leave bytecode in the bundle.
         exec(compile(path.read_bytes(), str(path), "exec"), code.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BundleError(f"{bundle.label}: {bundle.entry_file} can't be imported: {_summary(error)}") from error
     cls = getattr(code, bundle.entry_class, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
@@ -113,7 +123,7 @@ def _instantiate(bundle: Bundle) -> torch.nn.Module:
         )
     try:
         return cls(**bundle.entry_arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BundleError(
             f"{bundle.label}: {bundle.entry_class} can't be made from entry.arguments: {_summary(error)}"
         ) from error

@@ -31,7 +31,11 @@ class BadRequest(ValueError):
 
 
 class UnusableOutput(ValueError):
-    """The model's output can't be written as JSON, for instance because a number isn't finite."""
+    """The model's output can't be written as JSON."""
+
+
+class NotFinite(UnusableOutput):
+    """A number of the output is infinite or not a number; the message is for the client."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,17 @@ def parse(body: bytes, spec: TensorSpec, max_rows: int) -> Rows:
 
 
 def render(outputs: list[Any], single: bool) -> bytes:
-    """Write ``{"output": …}`` from one value for each row. Raises UnusableOutput."""
+    """Write ``{"output": …}`` from one value for each row. Raises NotFinite, UnusableOutput."""
+    document = {"output": outputs[0] if single else outputs}
     try:
-        return json.dumps({"output": outputs[0] if single else outputs}, allow_nan=False).encode()
+        try:
+            return json.dumps(document, allow_nan=False).encode()
+        except ValueError:
+            # Anything but a number that isn't finite fails here too.
+            json.dumps(document)
+            raise NotFinite("the model has no finite answer for these numbers") from None
+    except NotFinite:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise UnusableOutput(f"the output can't be written as JSON: {error}") from error
 
@@ -95,7 +107,10 @@ def render(outputs: list[Any], single: bool) -> bytes:
 def same(expected: Any, actual: Any, tolerance: float) -> bool:
     """Whether two JSON values agree: numbers within the absolute ``tolerance``, everything else exactly."""
     if _is_number(expected) and _is_number(actual):
-        return math.fabs(expected - actual) <= tolerance
+        try:
+            return math.fabs(expected - actual) <= tolerance
+        except OverflowError:
+            return False
     if type(expected) is not type(actual):
         return False
     if isinstance(expected, list):

@@ -1,6 +1,7 @@
 """What the parent, the workers and the control process know of each other."""
 
 import mmap
+import time
 from enum import IntEnum
 
 
@@ -20,10 +21,12 @@ class SharedState:
     """
 
     _PHASE, _RESTARTS, _FIRST_WORKER = 0, 1, 2
+    # For each worker: ready, the start of the prediction that runs, the last turn of its server's loop.
+    _FIELDS = 3
 
     def __init__(self, workers: int) -> None:
         self.wanted = workers
-        memory = mmap.mmap(-1, 8 * (self._FIRST_WORKER + workers))
+        memory = mmap.mmap(-1, 8 * (self._FIRST_WORKER + self._FIELDS * workers))
         self._cells = memoryview(memory).cast("q")
 
     @property
@@ -47,8 +50,37 @@ class SharedState:
     @property
     def ready(self) -> int:
         """How many workers have proved that they can predict."""
-        return sum(self._cells[self._FIRST_WORKER :])
+        return sum(self._cells[self._worker(index)] for index in range(self.wanted))
 
-    def set_ready(self, index: int, ready: bool) -> None:
-        """Called with True by worker ``index``, with False by the parent once that worker is dead."""
-        self._cells[self._FIRST_WORKER + index] = int(ready)
+    def set_ready(self, index: int) -> None:
+        """Called by worker ``index``."""
+        self._cells[self._worker(index)] = 1
+
+    def set_busy(self, index: int, busy: bool) -> None:
+        """Called by worker ``index`` around each prediction."""
+        self._cells[self._worker(index) + 1] = time.monotonic_ns() if busy else 0
+
+    def beat(self, index: int) -> None:
+        """Called by worker ``index`` at each turn of its server's loop."""
+        self._cells[self._worker(index) + 2] = time.monotonic_ns()
+
+    def busy_seconds(self, index: int) -> float:
+        """How long the prediction has run that worker ``index`` is at; 0 where there is none."""
+        return self._age(self._worker(index) + 1)
+
+    def silent_seconds(self, index: int) -> float:
+        """How long ago worker ``index`` has given a sign of life; 0 before the first."""
+        return self._age(self._worker(index) + 2)
+
+    def clear(self, index: int) -> None:
+        """Called by the parent once worker ``index`` is dead."""
+        first = self._worker(index)
+        for cell in range(first, first + self._FIELDS):
+            self._cells[cell] = 0
+
+    def _worker(self, index: int) -> int:
+        return self._FIRST_WORKER + self._FIELDS * index
+
+    def _age(self, cell: int) -> float:
+        since = self._cells[cell]
+        return (time.monotonic_ns() - since) / 1e9 if since else 0.0

@@ -20,11 +20,13 @@ from model_server.control import run_control
 from model_server.logs import Log
 from model_server.metrics import Metrics
 from model_server.state import Phase, SharedState
+from model_server.web import TURN_SECONDS
 
 _BACKLOG = 1024
 _SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
-# While the first workers start; afterwards signals and back-offs alone wake the parent.
+# How often the parent looks at the workers: while the first ones start, and afterwards at least.
 _STARTING_TURN_SECONDS = 0.02
+_TURN_SECONDS = 5.0
 # Given to workers beyond their drain before they are killed.
 _KILL_MARGIN_SECONDS = 2.0
 _CONTROL_STOP_SECONDS = 3.0
@@ -68,9 +70,19 @@ class _Slot:
     due: float = 0.0
     backoff: Backoff = field(default_factory=Backoff)
 
+    def hide(self) -> None:
+        """Have connections refused for a while: nginx then takes the next worker instead of waiting for this one."""
+        self.path.rename(_hidden(self.path))
+
+    def show(self) -> None:
+        """Take connections again."""
+        with contextlib.suppress(FileNotFoundError):
+            _hidden(self.path).rename(self.path)
+
     def close(self) -> None:
         """Make sure that nobody connects any more."""
         self.path.unlink(missing_ok=True)
+        _hidden(self.path).unlink(missing_ok=True)
         self.listener.close()
 
 
@@ -106,6 +118,8 @@ class Supervisor:
                 self._start(slot)
             self._supervise()
             self._stop()
+        except _Stopped:
+            return
         finally:
             self._end_everything()
 
@@ -132,9 +146,7 @@ class Supervisor:
             listener = _listen(path)
 
             def run() -> None:
-                run_worker(
-                    index, listener, model, self._config, self._bundle, self._metrics, self._state, self._log
-                )
+                run_worker(index, listener, model, self._config, self._bundle, self._metrics, self._state, self._log)
 
             return _Slot(f"worker-{index}", listener, path, run, worker=index)
 
@@ -174,20 +186,60 @@ class Supervisor:
         while True:
             self._announce_start()
             due = [slot.due for slot in self._slots if slot.pid is None]
-            timeout = max(0.0, min(due) - time.monotonic()) if due else 3600.0
+            # Half the limit, so that a worker is noticed soon after it has reached that.
+            timeout = min(_TURN_SECONDS, self._config.hang_seconds / 2)
+            if due:
+                timeout = min(timeout, max(0.0, min(due) - time.monotonic()))
             if self._state.phase is Phase.STARTING:
                 timeout = min(timeout, _STARTING_TURN_SECONDS)
+            turn = time.monotonic()
             received = signal.sigtimedwait(_SIGNALS, timeout)
             if received is not None and received.si_signo in (signal.SIGTERM, signal.SIGINT):
                 return
             for slot in self._reap():
                 self._plan_replacement(slot)
             now = time.monotonic()
+            # A turn that took much too long: the whole container was frozen, and the workers have yet to catch up.
+            if now - turn < timeout + 1:
+                self._kill_hung()
             for slot in self._slots:
                 if slot.pid is None and slot.due <= now:
-                    if slot.worker is not None:
-                        self._state.count_restart()
-                    self._start(slot)
+                    self._replace(slot)
+
+    def _replace(self, slot: _Slot) -> None:
+        try:
+            self._start(slot)
+        except OSError as error:
+            # The system is out of processes or memory; what still runs goes on, and this is tried again.
+            delay = slot.backoff.next_delay(0.0)
+            self._log.error("fork_failed", f"{slot.role} is tried again in {delay:g} s", error, role=slot.role)
+            self._delay(slot, delay)
+            return
+        slot.show()
+        if slot.worker is not None:
+            self._state.count_restart()
+
+    def _kill_hung(self) -> None:
+        for slot in self._slots:
+            if slot.worker is None or slot.pid is None:
+                continue
+            busy, silent = self._state.busy_seconds(slot.worker), self._state.silent_seconds(slot.worker)
+            limit = self._config.hang_seconds
+            # Idle workers give a sign of life at each turn of their loop only.
+            if busy <= limit and silent <= limit + 2 * TURN_SECONDS:
+                continue
+            what = f"is at one prediction for {busy:.1f} s" if busy > limit else f"is silent for {silent:.1f} s"
+            self._log.error("worker_hung", f"{slot.role} {what} and is killed", role=slot.role)
+            self._signal([slot], signal.SIGKILL)
+            # Once is enough; the end is reaped like any other.
+            self._state.clear(slot.worker)
+
+    @staticmethod
+    def _delay(slot: _Slot, seconds: float) -> None:
+        slot.due = time.monotonic() + seconds
+        if seconds and slot.worker is not None:
+            with contextlib.suppress(FileNotFoundError):
+                slot.hide()
 
     def _announce_start(self) -> None:
         if self._state.phase is Phase.STARTING and self._state.ready == self._state.wanted:
@@ -198,7 +250,7 @@ class Supervisor:
     def _plan_replacement(self, slot: _Slot) -> None:
         lived = time.monotonic() - slot.started
         delay = slot.backoff.next_delay(lived)
-        slot.due = time.monotonic() + delay
+        self._delay(slot, delay)
         self._log.error(
             "process_died",
             f"{slot.role} died after {lived:.1f} s and is replaced in {delay:g} s",
@@ -221,7 +273,7 @@ class Supervisor:
                 if slot.pid == pid:
                     slot.pid = None
                     if slot.worker is not None:
-                        self._state.set_ready(slot.worker, False)
+                        self._state.clear(slot.worker)
                     self._metrics.forget(slot.role)
                     empty.append(slot)
 
@@ -264,7 +316,7 @@ class Supervisor:
 
 def remove_stale_sockets(directory: Path) -> None:
     """Remove what a killed container left behind. Raises OSError."""
-    for path in (*directory.glob("worker-*.sock"), directory / "control.sock"):
+    for path in (*directory.glob("worker-*.sock"), *directory.glob(".worker-*.sock"), directory / "control.sock"):
         path.unlink(missing_ok=True)
 
 
@@ -280,8 +332,16 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
+class _Stopped(BaseException):
+    """A signal came while the model was being loaded. Not SystemExit, which the model's code may raise too."""
+
+
 def _exit_at_once(*_: object) -> None:
-    raise SystemExit(0)
+    raise _Stopped
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
 
 
 def _die_with(parent: int) -> None:

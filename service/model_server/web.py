@@ -6,6 +6,7 @@ import re
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flask
@@ -24,7 +25,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Longer than the minute for which nginx keeps idle connections, so that nginx is always the one to close them.
 _CHANNEL_SECONDS = 120
 # How often waitress gets to look for idle connections.
-_TURN_SECONDS = 5.0
+TURN_SECONDS = 5.0
+# What is longer is cut in the log: both come from the client, and a line must stay a line.
+_LOGGED_METHOD, _LOGGED_PATH = 20, 200
 # How long idle connections stay open at the end, for requests that were under way on them.
 _LINGER_SECONDS = 0.25
 
@@ -66,6 +69,7 @@ class Frame:
         self._metrics.count_request(method, path if path in self._routes else "other", status)
         if self._quiet and status < 400:
             return
+        method, path = method[:_LOGGED_METHOD], path[:_LOGGED_PATH]
         self._log.info(
             "request",
             f"{method} {path} {status}",
@@ -197,11 +201,15 @@ class Server:
         self._stopping = True
         self._server.pull_trigger()
 
-    def run(self, drain_seconds: float) -> bool:
-        """Serve until ``stop``, then finish what was accepted; False where ``drain_seconds`` were too few."""
+    def run(self, drain_seconds: float, beat: Callable[[], None] = lambda: None) -> bool:
+        """Serve until ``stop``, then finish what was accepted; False where ``drain_seconds`` were too few.
+
+        ``beat`` is called every TURN_SECONDS at least while it serves.
+        """
         connections = self._server._map
         while not self._stopping:
-            wasyncore.poll2(_TURN_SECONDS, connections)
+            beat()
+            wasyncore.poll2(TURN_SECONDS, connections)
         now = time.monotonic()
         deadline, linger = now + drain_seconds, now + min(_LINGER_SECONDS, drain_seconds)
         self._server.draining = True

@@ -1,10 +1,12 @@
 """A worker: HTTP threads that parse and wait, and one thread that runs the model."""
 
+import functools
 import queue
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flask
@@ -40,11 +42,15 @@ class _Job:
 
 
 class ModelThread:
-    """The one thread that calls the model, behind a queue with room for ``limit`` waiting requests."""
+    """The one thread that calls the model, behind a queue with room for ``limit`` waiting requests.
 
-    def __init__(self, model: Model, metrics: Metrics, limit: int) -> None:
+    ``busy`` is called with True and False around each prediction.
+    """
+
+    def __init__(self, model: Model, metrics: Metrics, limit: int, busy: Callable[[bool], None]) -> None:
         self._model = model
         self._metrics = metrics
+        self._busy = busy
         self._jobs: queue.Queue[_Job] = queue.Queue(limit)
         threading.Thread(target=self._run, name="model", daemon=True).start()
 
@@ -66,11 +72,13 @@ class ModelThread:
         while True:
             job = self._jobs.get()
             started = time.perf_counter()
+            self._busy(True)
             try:
                 job.outputs = self._model.predict(job.rows)
             # Whatever the model's code raises, the thread must live on and the client must get an answer.
             except BaseException as error:
                 job.error = error
+            self._busy(False)
             self._metrics.prediction_duration.observe(time.perf_counter() - started)
             job.done.set()
 
@@ -98,6 +106,9 @@ def create_worker_app(
             response = error_response("too many requests are waiting; try again", 503)
             response.headers["Retry-After"] = "1"
             return response
+        except payload.NotFinite as error:
+            metrics.prediction_error.inc(len(rows.values))
+            return error_response(str(error), 400)
         except (ModelFailed, payload.UnusableOutput) as error:
             metrics.prediction_error.inc(len(rows.values))
             log.error("prediction_failed", str(error), error, request_id=flask.g.request_id)
@@ -123,14 +134,14 @@ def run_worker(
     Raises RuntimeError where the model doesn't answer in this process.
     """
     _prove(model)
-    thread = ModelThread(model, metrics, config.queue_limit)
+    thread = ModelThread(model, metrics, config.queue_limit, functools.partial(state.set_busy, index))
     frame = Frame(config, bundle, metrics, log, ROUTES)
     app = create_worker_app(config, bundle, thread, metrics, log, frame)
     server = Server(app, frame, listener, config.queue_limit + 1 + _SPARE_THREADS, config.max_body_bytes)
     signal.signal(signal.SIGTERM, server.stop)
-    state.set_ready(index, True)
+    state.set_ready(index)
     log.info("worker_ready", f"worker {index} is ready", worker=index)
-    if not server.run(config.drain_seconds):
+    if not server.run(config.drain_seconds, functools.partial(state.beat, index)):
         log.warning("drain_incomplete", f"requests were cut off after {config.drain_seconds} s", worker=index)
 
 

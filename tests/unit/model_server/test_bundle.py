@@ -104,6 +104,11 @@ def test_file_listed_twice(bundle_dir):
         ("max_rows: 64", "max_rows: true", ["batching.max_rows is True"]),
         ("max_rows: 64", "maximum: 64", ["batching.max_rows is missing"]),
         ("accuracy: 0.", "accuracy: x0.", ["metrics.accuracy"]),
+        ("accuracy: 0.", "accuracy: " + "9" * 400 + ".", ["metrics.accuracy", "finite"]),
+        ("accuracy: 0.", "big: " + "9" * 400 + ", accuracy: 0.", ["metrics.big", "finite"]),
+        ("shape: [2]", "shape: []", ["input.features", "0 names"]),
+        ("version: 1.0.0", "version: 2026-13-45", ["not YAML", "month"]),
+        ("arguments: {hidden: 4}", "arguments: " + "[" * 5000, ["not YAML"]),
         ("name: simplemodel", "name: [", ["not YAML"]),
     ],
 )
@@ -116,6 +121,21 @@ def test_malformed_examples(bundle_dir, text):
     (bundle_dir / "examples.json").write_text(text)
     write_sums(bundle_dir)
     rejected(bundle_dir, "examples.json")
+
+
+@pytest.mark.parametrize(("key", "words"), [("tolerance", "tolerance"), ("response", "doesn't reproduce")])
+def test_huge_numbers_in_examples(bundle_dir, key, words):
+    example = {"request": {"data": [0.2, 0.6]}, "response": {"output": 0.65}, "tolerance": 1}
+    example |= {"tolerance": 10**400} if key == "tolerance" else {"response": {"output": 10**400}}
+    (bundle_dir / "examples.json").write_text(json.dumps({"examples": [example]}))
+    write_sums(bundle_dir)
+    rejected(bundle_dir, words, load=True)
+
+
+@pytest.mark.parametrize("place", ["import torch\n", "super().__init__()\n", "return self.layers(rows)\n"])
+def test_model_that_exits(edit, place):
+    indent = "" if place.startswith("import") else "        "
+    rejected(edit("model.py", place, f"import sys; sys.exit(0)\n{indent}{place}"), "SystemExit", load=True)
 
 
 def test_missing_class(edit):
@@ -172,7 +192,7 @@ def test_output_that_breaks_the_promise(edit):
 
 
 def test_output_that_is_not_finite(edit):
-    rejected(edit("model.py", "return self.layers(rows)", "return self.layers(rows) / 0"), "JSON", load=True)
+    rejected(edit("model.py", "return self.layers(rows)", "return self.layers(rows) / 0"), "finite", load=True)
 
 
 def test_model_that_starts_threads(edit):

@@ -11,7 +11,8 @@ def test_defaults():
     assert (config.colour, config.release) == ("none", "")
     assert config.workers == len(os.sched_getaffinity(0))
     assert (str(config.bundle_dir), str(config.socket_dir)) == ("/bundle", "/run/appliance")
-    assert (config.max_body_bytes, config.queue_limit, config.drain_seconds) == (1_048_576, 64, 25)
+    assert (config.max_body_bytes, config.queue_limit, config.drain_seconds) == (1_048_576, 32, 25)
+    assert config.hang_seconds == 60
 
 
 @pytest.mark.parametrize(

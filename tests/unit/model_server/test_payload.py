@@ -1,7 +1,7 @@
 """Requests that are refused, requests that aren't, and how answers are compared."""
 
 import pytest
-from model_server.payload import BadRequest, TensorSpec, UnusableOutput, parse, render, same
+from model_server.payload import BadRequest, NotFinite, TensorSpec, UnusableOutput, parse, render, same
 
 PAIR = TensorSpec((2,), "float32")
 
@@ -85,9 +85,15 @@ def test_types(dtype, good, bad):
 def test_render():
     assert render([0.5], True) == b'{"output": 0.5}'
     assert render([0.5], False) == b'{"output": [0.5]}'
-    for value in (float("nan"), float("inf"), object()):
-        with pytest.raises(UnusableOutput):
+    for value in (float("nan"), [float("inf")]):
+        with pytest.raises(NotFinite):
             render([value], True)
+    endless: list = []
+    endless.append(endless)
+    for value in (object(), endless):
+        with pytest.raises(UnusableOutput) as caught:
+            render([value], True)
+        assert caught.type is UnusableOutput
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from bundle_making import ROOT, SHIPPED, write_sums
 
 SECONDS = 60
+NOT_FINITE = "the model has no finite answer for these numbers"
 
 
 class Connection(http.client.HTTPConnection):
@@ -404,13 +405,66 @@ def test_model_that_fails_on_a_request(short_dir, bundle_dir):
     write_sums(bundle_dir)
     with running(short_dir, bundle_dir, MODEL_WORKERS=1) as service:
         service.wait_ready()
-        for number in (9, 8):
+        messages = {9: (500, "the model failed on this request"), 8: (400, NOT_FINITE)}
+        for number, (code, message) in messages.items():
             status, _, body = service.predict([[number, 0], [0, 0]])
-            assert (status, json.loads(body)) == (500, {"error": "the model failed on this request"})
+            assert (status, json.loads(body)) == (code, {"error": message})
         assert service.predict([0.2, 0.6])[0] == 200
         assert service.metrics()['predictions_total{status="error"}'] == 4
         failures = [line for line in service.logs() if line["event"] == "prediction_failed"]
-        assert len(failures) == 2 and "secret place" in failures[0]["traceback"]
+        assert len(failures) == 1 and "secret place" in failures[0]["traceback"]
+
+
+def test_numbers_without_a_finite_answer(service):
+    status, _, body = service.predict([3.4e38, 3.4e38])
+    assert (status, json.loads(body)) == (400, {"error": NOT_FINITE})
+
+
+def test_hung_worker_is_killed_and_replaced(short_dir, bundle_dir):
+    slow(bundle_dir, 3600)
+    with running(short_dir, bundle_dir, MODEL_HANG_SECONDS=1) as service:
+        service.wait_ready()
+        results, threads = in_background(1, lambda: service.predict([9, 0]))
+        expected = {"wanted": 2, "ready": 2, "restarts": 1}
+        service.wait_for(lambda: service.health()[1]["workers"] == expected, "replaced")
+        threads[0].join(SECONDS)
+        assert isinstance(results[0], Exception)
+        assert [service.predict([0.2, 0.6], worker)[0] for worker in (0, 1)] == [200, 200]
+        (line,) = [line for line in service.logs() if line["event"] == "worker_hung"]
+        assert line["role"] == "worker-0"
+
+
+def test_socket_is_hidden_while_its_worker_is_held_back(short_dir):
+    with running(short_dir, SHIPPED / "1.0.0") as service:
+        service.wait_ready()
+        path = short_dir / "worker-0.sock"
+        # Children come oldest first: after the control process worker 0, and its replacements at the end.
+        _, worker, other = service.children()
+        for restarts in (1, 2, 3):
+            os.kill(worker, signal.SIGKILL)
+            service.wait_for(lambda wanted=restarts: service.health()[1]["workers"]["restarts"] == wanted, "replaced")
+            service.wait_ready()
+            worker = service.children()[2]
+            assert service.children()[1] == other
+        os.kill(worker, signal.SIGKILL)
+        service.wait_for(lambda: not path.exists(), "hidden")
+        assert (short_dir / ".worker-0.sock").exists()
+        with pytest.raises(FileNotFoundError):
+            service.predict([0.2, 0.6])
+        assert service.predict([0.2, 0.6], 1)[0] == 200
+        service.wait_for(path.exists, "shown")
+        assert service.predict([0.2, 0.6])[0] == 200
+        assert not (short_dir / ".worker-0.sock").exists()
+
+
+def test_control_socket_logs_errors_only(service):
+    service.health()
+    service.metrics()
+    service.ask("control", "GET", "/" + "x" * 5000, X_Request_ID="not-found-on-control")
+    service.wait_for(lambda: "not-found-on-control" in service.log_file.read_text(), "logged")
+    assert not [line for line in service.logs() if line.get("path") in ("/health", "/metrics") and line["status"] < 400]
+    (line,) = [line for line in service.logs() if line.get("request_id") == "not-found-on-control"]
+    assert line["status"] == 404 and len(line["path"]) == 200 and len(json.dumps(line)) < 1000
 
 
 def test_health_says_starting_while_the_model_loads(short_dir, bundle_dir):
@@ -453,9 +507,11 @@ def test_bundle_rejected_after_loading(short_dir, bundle_dir):
 
 def test_a_start_removes_the_error_of_the_one_before(short_dir):
     (short_dir / "startup_error.json").write_text("{}")
-    (short_dir / "worker-0.sock").touch()
+    for leftover in ("worker-0.sock", ".worker-0.sock", ".worker-9.sock"):
+        (short_dir / leftover).touch()
     with running(short_dir, SHIPPED / "1.1.0") as service:
         service.wait_ready()
+        assert not list(short_dir.glob(".worker-*.sock"))
         assert not (short_dir / "startup_error.json").exists()
 
 
