@@ -14,6 +14,9 @@ from rollout.errors import ApplianceError, Refused
 from rollout.text import tidy
 from rollout.unixhttp import Answer, ExchangeError, exchange
 
+_RETRIES = 3
+_RETRY_SECONDS = 0.3
+
 
 class WrongAnswer(ApplianceError):
     """The front door answered otherwise than it should."""
@@ -24,7 +27,7 @@ class Verification:
     """What a successful verification measured."""
 
     first_ms: float | None
-    """Milliseconds from the switch to the first answer of the new colour; None where there was no switch."""
+    """Milliseconds from the switch to the first 200 of the new colour; None where there was no switch."""
     requests: int
 
 
@@ -87,24 +90,23 @@ class FrontDoor:
         since: float | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> Verification:
-        """Send `count` requests on fresh connections and `count` on `held`; each must be a 200 of `colour`.
+        """Send `count` requests on fresh connections and `count` on `held`; each must end in a 200 of `colour`.
 
+        They take turns, so that `held` isn't idle for so long that nginx would close it.
         `since` is the monotonic time of the switch in seconds; `between` is called before each request. Raises
         WrongAnswer at the first answer that isn't, because every further second on a broken colour costs requests.
         """
         first_ms = None
         for number in range(1, count + 1):
-            between()
             fresh = self._connection()
             try:
-                self._expect(colour, fresh, body, f"fresh connection {number} of {count}", f"fresh-{number}")
+                self._expect(colour, fresh, body, f"fresh connection {number} of {count}", f"fresh-{number}", between)
             finally:
                 fresh.close()
             if first_ms is None and since is not None:
                 first_ms = round((time.monotonic() - since) * 1000, 1)
-        for number in range(1, count + 1):
-            between()
-            self._expect(colour, held, body, f"request {number} of {count} on a held connection", f"held-{number}")
+            what = f"request {number} of {count} on a held connection"
+            self._expect(colour, held, body, what, f"held-{number}", between)
         return Verification(first_ms, 2 * count)
 
     def answers_as(self, colour: str, body: bytes) -> str | None:
@@ -118,12 +120,26 @@ class FrontDoor:
             connection.close()
         return None
 
-    def _expect(self, colour: str, connection: http.client.HTTPConnection, body: bytes, what: str, mark: str) -> None:
-        try:
-            answer = self._ask(connection, body, f"appliance-{mark}")
-        except ExchangeError as error:
-            raise WrongAnswer(f"{self.url}/predict, {what}: no answer: {tidy(error)}") from None
-        got = answer.headers.get("x-model-colour")
+    def _expect(
+        self,
+        colour: str,
+        connection: http.client.HTTPConnection,
+        body: bytes,
+        what: str,
+        mark: str,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        for left in range(_RETRIES, -1, -1):
+            between()
+            try:
+                answer = self._ask(connection, body, f"appliance-{mark}")
+            except ExchangeError as error:
+                raise WrongAnswer(f"{self.url}/predict, {what}: no answer: {tidy(error)}") from None
+            got = answer.headers.get("x-model-colour")
+            # A healthy colour sheds load with a 503: that alone must not undo a switch.
+            if not left or (answer.status, got) != (503, colour):
+                break
+            time.sleep(_RETRY_SECONDS)
         if answer.status != 200 or got != colour:
             text = "" if answer.status == 200 else f": {tidy(answer.body.decode(errors='replace'), 200)}"
             raise WrongAnswer(

@@ -220,10 +220,14 @@ class Engine:
         state = self.routing.read()
         live = state is not None and state.live == name
         placed = self._placed(name)
-        same = placed is not None and (placed.bundle_digest, placed.image_id) == (bundle.digest, image_id)
+        settings = self.releases.settings_digest()
+        wanted = (bundle.digest, image_id, settings)
+        same = placed is not None and (placed.bundle_digest, placed.image_id, placed.settings_digest) == wanted
         details: dict[str, Any] = {"colour": name, "release": placed.number if placed else None, "pending": False}
         title = f"{bundle.name} {bundle.version}"
         if live:
+            if placed is not None and placed.settings_digest != settings:
+                title += f" with the changed settings in {self.releases.settings_path}"
             return self._deploy_on_live(name, placed, same, title, details)
         if same and placed and self._is_well(colour, placed, examples):
             return Result(f"{name} holds {_title(placed)} already and is ready", outcome="nothing", details=details)
@@ -243,6 +247,7 @@ class Engine:
                 bundle_digest=bundle.digest,
                 image=image,
                 image_id=image_id,
+                settings_digest=settings,
                 who=self.who,
                 when=now(),
                 reason=self.reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ _NUMBER = re.compile(r"[1-9][0-9]*")
 
 @dataclass(frozen=True)
 class Release:
-    """A bundle and an image, made for a colour at a time by somebody."""
+    """A bundle, an image and settings, made for a colour at a time by somebody."""
 
     colour: str
     name: str
@@ -30,6 +31,8 @@ class Release:
     when: str
     reason: str | None = None
     number: int = 0
+    settings_digest: str | None = None
+    """`sha256:` and the SHA-256 of model.env; None where there was none, or the record is older than this field."""
 
 
 class Releases:
@@ -69,12 +72,24 @@ class Releases:
         """The record of release `number`. Raises Failed where it is missing or can't be used."""
         path = self.directory / str(number) / "release.json"
         try:
-            raw = json.loads(path.read_bytes())
+            raw = {"settings_digest": None, **json.loads(path.read_bytes())}
             return Release(**{key: raw[key] for key in Release.__dataclass_fields__})
         except OSError as error:
             raise Failed(f"release {number} has no record: {path}: {error.strerror}; deploy again") from None
         except (ValueError, KeyError, TypeError) as error:
             raise Failed(f"{path} can't be used: {type(error).__name__}: {error}; deploy again") from None
+
+    @property
+    def settings_path(self) -> Path:
+        """The settings that both colours share; a container reads them when it starts."""
+        return self.config_dir / "model.env"
+
+    def settings_digest(self) -> str | None:
+        """`sha256:` and the SHA-256 of the settings as they are, or None where there are none. Raises OSError."""
+        try:
+            return "sha256:" + hashlib.sha256(self.settings_path.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return None
 
     def env_path(self, colour: str) -> Path:
         """The env file that the colour's unit reads."""
@@ -100,7 +115,8 @@ class Releases:
 
     def place(self, colour: str, release: Release) -> None:
         """Write the colour's env file in one step. Raises OSError; then the file is as it was."""
-        content = f"MODEL_IMAGE={release.image}\nMODEL_BUNDLE={release.bundle}\nMODEL_RELEASE={release.number}\n"
+        # The id, not the name: a tag can move to another image before the unit's next start.
+        content = f"MODEL_IMAGE={release.image_id}\nMODEL_BUNDLE={release.bundle}\nMODEL_RELEASE={release.number}\n"
         files.replace(self.env_path(colour), content.encode())
 
     def put_back(self, colour: str, content: bytes | None) -> None:

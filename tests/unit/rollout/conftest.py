@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,6 +149,7 @@ def box(monkeypatch, capsys):
     box = Box(root)
     box.capsys = capsys
     monkeypatch.setenv("PATH", f"{box.host.programs}:{os.environ['PATH']}")
+    monkeypatch.setattr("rollout.host.subprocess", SimpleNamespace(**{**vars(subprocess), "run": box.host.run}))
     monkeypatch.setenv("SUDO_USER", "alice")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     yield box

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import socket
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -35,6 +37,7 @@ sys.exit(answer["rc"])
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet for an answer, so that no delayed acknowledgement holds its body up
 
     def log_message(self, *_):
         pass
@@ -74,7 +77,7 @@ class UnixServer(Server):
 def serve(address, owner):
     server = (UnixServer if isinstance(address, str) else Server)(address, Handler)
     server.owner = owner
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True).start()
     return server
 
 
@@ -137,10 +140,14 @@ class FakeColour:
 
 
 class FakeFrontDoor:
-    """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour."""
+    """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour.
+
+    `sheds` holds what the next answers of the live colour have instead of its own: (status, colour), oldest first.
+    """
 
     def __init__(self, routing: Path, host: FakeHost):
         self.routing, self.host, self.faults, self.requests = routing, host, set(), []
+        self.sheds, self._serial = [], itertools.count()
         self.slow = 0.0
         self.server = serve(("127.0.0.1", 0), self)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -155,13 +162,17 @@ class FakeFrontDoor:
         colour = self.live()
         if "sticky" in self.faults:
             colour = handler.__dict__.setdefault("first_colour", colour)
-        self.requests.append((id(handler), colour))
+        # Not its id(): that of a connection that has ended may be used again.
+        self.requests.append((handler.__dict__.setdefault("serial", next(self._serial)), colour))
         running = self.host.running.get(colour)
         time.sleep(self.slow)
         if colour is None:
             handler.send(503, {"error": "no colour is live"})
         elif running is None or colour in self.faults:
             handler.send(502, {"error": "bad gateway"})
+        elif self.sheds and "before" not in handler.headers["X-Request-ID"]:
+            status, named = self.sheds.pop(0)
+            handler.send(status, {"error": "busy"}, {"X-Model-Colour": named})
         else:
             handler.send(*running.predict(body), {"X-Model-Colour": colour})
 
@@ -216,10 +227,23 @@ class FakeHost:
                 return
             with connection, contextlib.suppress(OSError):
                 command = json.loads(connection.makefile().readline())
-                with self._lock:
-                    self.calls.append(command)
-                    rc, out, err = self._do(command)
+                rc, out, err = self._ask(command)
                 connection.sendall(json.dumps({"rc": rc, "out": out, "err": err}).encode() + b"\n")
+
+    def _ask(self, command):
+        with self._lock:
+            self.calls.append(command)
+            return self._do(command)
+
+    def run(self, command, **options):
+        """`subprocess.run` for the engine in the test's process: what the program does, without its interpreter.
+
+        Commands in a process of their own (`Box.popen`) start the programs.
+        """
+        program = Path(command[0])
+        assert program.parent == self.programs and options["timeout"] > 0
+        rc, out, err = self._ask([program.name, *command[1:]])
+        return subprocess.CompletedProcess(command, rc, out, err)
 
     def _do(self, command):
         if command[0] == "docker":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ def test_a_first_deploy_places_a_release(box):
     answer = box.deploy("blue", box.bundle(), "appliance/model:1", "--reason", "first")
     assert (answer.status, answer.json["ok"], answer.json["changed"], answer.json["release"]) == (0, True, True, 1)
     assert (box.config_dir / "blue.env").read_text() == (
-        f"MODEL_IMAGE=appliance/model:1\nMODEL_BUNDLE={box.state_dir}/bundles/simplemodel/1.0.0\nMODEL_RELEASE=1\n"
+        f"MODEL_IMAGE=sha256:{'1' * 64}\nMODEL_BUNDLE={box.state_dir}/bundles/simplemodel/1.0.0\nMODEL_RELEASE=1\n"
     )
     record = json.loads((box.state_dir / "releases/1/release.json").read_text())
     assert (record["number"], record["colour"], record["name"], record["version"]) == (
@@ -28,6 +29,7 @@ def test_a_first_deploy_places_a_release(box):
     )
     assert (record["who"], record["reason"], record["image"]) == ("alice", "first", "appliance/model:1")
     assert record["image_id"] == "sha256:" + "1" * 64
+    assert record["settings_digest"] is None
     assert record["bundle_digest"] == box.host.running["blue"].digest
     assert box.host.enabled == {"blue"}
     entry = box.audit()[-1]
@@ -57,6 +59,50 @@ def test_another_image_under_the_same_tag_is_a_change(box):
     box.deploy("blue", directory)
     box.host.images["appliance/model:1"] = "sha256:" + "9" * 64
     assert box.deploy("blue", directory).json["changed"] is True
+
+
+def test_changed_settings_are_a_change(box):
+    settings = box.config_dir / "model.env"
+    settings.write_text("MODEL_WORKERS=2\n")
+    one = box.bundle()
+    box.deploy("blue", one)
+    record = json.loads((box.state_dir / "releases/1/release.json").read_text())
+    assert record["settings_digest"] == "sha256:" + hashlib.sha256(settings.read_bytes()).hexdigest()
+    assert box.deploy("blue", one).json["changed"] is False
+    box.run("init", "blue")
+    box.deploy("green", one)
+    settings.write_text("MODEL_WORKERS=4\n")
+    answer = box.deploy("blue", one)
+    assert (answer.status, answer.json["changed"], answer.json["pending"], answer.json["release"]) == (
+        0,
+        False,
+        True,
+        1,
+    )
+    assert f"with the changed settings in {settings} isn't placed: swap to green first, then run this" in answer.message
+    assert box.deploy("green", one, "appliance/model:1", "--dry-run").json["would_change"] is True
+    restarts = len([c for c in box.host.calls if "restart" in c])
+    answer = box.deploy("green", one)
+    assert (answer.status, answer.json["changed"], answer.json["release"]) == (0, True, 3)
+    assert len([c for c in box.host.calls if "restart" in c]) == restarts + 1
+    assert box.deploy("green", one).json["changed"] is False
+    settings.unlink()
+    assert box.deploy("green", one).json["changed"] is True
+
+
+def test_a_record_from_before_the_settings_were_recorded_is_readable(box):
+    box.live_on_blue()
+    for number in (1, 2):
+        path = box.state_dir / f"releases/{number}/release.json"
+        record = json.loads(path.read_text())
+        del record["settings_digest"]
+        path.chmod(0o644)
+        path.write_text(json.dumps(record))
+    assert box.run("swap").status == 0
+    assert box.run("rollback").status == 0
+    # What it runs with isn't known, so it counts as changed wherever there are settings now.
+    (box.config_dir / "model.env").write_text("MODEL_WORKERS=2\n")
+    assert box.deploy("green", box.state_dir / "bundles/simplemodel/2.0.0").json["release"] == 3
 
 
 def test_on_the_live_colour_a_difference_is_pending(box):

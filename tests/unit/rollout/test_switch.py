@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from rollout import audit
@@ -58,9 +59,9 @@ def test_swap(box):
         "ticket 42",
     )
     assert raw["releases"] == {"blue": 1, "green": 2} and raw["since"].endswith("Z")
-    # 1 + 3 requests on the connection from before, 3 on fresh ones.
-    connections = [c for c, _ in box.door.requests[-7:]]
-    assert sorted(connections.count(c) for c in set(connections)) == [1, 1, 1, 4]
+    # 1 + 3 requests on the connection from before, taking turns with 3 on fresh ones.
+    held, one, again, two, *rest = (c for c, _ in box.door.requests[-7:])
+    assert [again, rest[0], rest[2]] == [held] * 3 and len({held, one, two, rest[1]}) == 4
     entry = box.audit()[-1]
     assert (entry["live_before"], entry["live_after"], entry["state"]) == ("blue", "green", 2)
     assert entry["durations"]["switch_ms"] == answer.json["switch_ms"]
@@ -160,6 +161,36 @@ def test_a_swap_that_fails_at_the_front_door_is_undone(box, fault):
     assert box.audit()[-2]["outcome"] == "failed"
     box.door.faults.clear()
     assert box.run("swap").status == 0
+
+
+def _dont_sleep(monkeypatch):
+    waits = []
+    monkeypatch.setattr("rollout.frontdoor.time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
+    return waits
+
+
+def test_a_colour_that_sheds_load_for_a_moment_stays_live(box, monkeypatch):
+    waits = _dont_sleep(monkeypatch)
+    box.live_on_blue()
+    # The first request on a fresh connection is shed three times, the first on the held one once.
+    box.door.sheds = [(503, "green")] * 4
+    box.door.sheds[3:3] = [(200, "green")]
+    answer = box.run("swap")
+    assert (answer.status, answer.json["live"], answer.json["requests"]) == (0, "green", 6)
+    assert waits == [0.3] * 4 and not box.door.sheds
+
+
+@pytest.mark.parametrize(
+    ("sheds", "waits"),
+    [([(503, "green")] * 4, 3), ([(503, "blue")], 0), ([(500, "green")], 0), ([(503, "green"), (503, "blue")], 1)],
+)
+def test_any_other_wrong_answer_undoes_a_swap(box, monkeypatch, sheds, waits):
+    slept = _dont_sleep(monkeypatch)
+    box.live_on_blue()
+    box.door.sheds = list(sheds)
+    answer = box.run("swap")
+    assert (answer.status, answer.json["live"], len(slept)) == (1, "blue", waits)
+    assert "{} from {} instead of 200 from green".format(*sheds[-1]) in answer.message and not box.door.sheds
 
 
 def test_a_failed_swap_keeps_what_a_rollback_returns_to(box):
