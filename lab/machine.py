@@ -197,8 +197,8 @@ def _require_same(wanted: Machine) -> None:
         value = getattr(wanted, field)
         if value not in (0, getattr(made, field)):
             raise LabError(
-                f"The lab '{wanted.name}' was made with {variable}={getattr(made, field)}, not {value}. `make down` first, "
-                "or leave the variable as it was."
+                f"The lab '{wanted.name}' was made with {variable}={getattr(made, field)}, not {value}. "
+                "`make down` first, or leave the variable as it was."
             )
     if (made.prometheus_port, made.grafana_port) != (wanted.prometheus_port, wanted.grafana_port):
         close_tunnel(made)

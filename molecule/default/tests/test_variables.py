@@ -17,3 +17,11 @@ def test_a_mistake_is_named(playbook, setting, words):
     assert result.returncode != 0
     for word in words:
         assert word in result.stdout + result.stderr
+
+
+def test_an_unreachable_grafana_repository_is_an_error_with_a_way_out(playbook):
+    wanted = '{"grafana_enabled": true, "grafana_apt_repository": "http://127.0.0.1:9"}'
+    result = playbook("site", "-e", wanted, "--check")
+    assert result.returncode != 0
+    assert "http://127.0.0.1:9/dists/stable/InRelease" in result.stdout
+    assert "grafana_enabled" in result.stdout
