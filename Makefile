@@ -50,8 +50,15 @@ unit: environment ## tests that need no host
 	pytest
 
 molecule: engine environment ## the roles and playbooks on Debian 13, then on Debian 12
-	LAB_NAME=$${LAB_NAME:-molecule}-trixie LAB_SUITE=trixie molecule test --all --report
-	LAB_NAME=$${LAB_NAME:-molecule}-bookworm LAB_SUITE=bookworm molecule test --scenario-name default --report
+	$(call molecule_on,trixie,--all)
+	$(call molecule_on,bookworm,--scenario-name default)
+
+# What an interrupted run left behind goes first: the machine, and Molecule's belief that it exists.
+define molecule_on
+	@$(LAB) down --name $(or $(LAB_NAME),molecule)-$(1)
+	molecule reset --all --no-report
+	LAB_NAME=$(or $(LAB_NAME),molecule)-$(1) LAB_SUITE=$(1) molecule test $(2) --report --no-command-borders
+endef
 
 load: environment ## twenty swaps under load against the lab that `make up` made
 	pytest tests/load
