@@ -8,8 +8,8 @@ LAB := $(PYTHON) -m lab
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help up status swap rollback shell down test engine environment checks lint unit molecule molecule-trixie \
-  molecule-bookworm load bench lock
+.PHONY: help up status swap rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
+  load bench lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,15 +32,8 @@ shell: ## open a shell on the lab's host
 down: ## remove what `make up` made
 	@$(LAB) down
 
-test: engine environment ## run everything: lint, unit tests, Molecule on Debian 12 and 13, swaps under load
-	$(MAKE) --no-print-directory -j2 --output-sync=line checks molecule-bookworm
-	$(MAKE) --no-print-directory molecule-trixie
+test: engine lint unit molecule ## run everything: lint, unit tests, Molecule and the swap under load
 	@echo "make test: everything passed."
-
-# What needs no host, beside the run on Debian 12: it waits for package downloads most of the time.
-checks:
-	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory unit
 
 engine:
 	@$(LAB) engine
