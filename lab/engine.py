@@ -96,11 +96,25 @@ def apt_install(*packages: str) -> None:
 
 
 def _start_daemon() -> None:
+    # Left behind by a daemon that was killed: where the number belongs to another process by now, dockerd would take
+    # that one for its own.
+    _forget_dead(Path("/run/docker.pid"), "dockerd")
+    _forget_dead(Path("/run/docker/containerd/containerd.pid"), "containerd")
     with LOG.open("ab") as log:
         process = subprocess.Popen(
             ["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
         )
     PID.write_text(str(process.pid))
+
+
+def _forget_dead(record: Path, program: str) -> None:
+    """Remove a file with a process id unless that process is the program."""
+    try:
+        if Path(f"/proc/{int(record.read_text())}/comm").read_text().strip() == program:
+            return
+    except (FileNotFoundError, ValueError):
+        pass
+    record.unlink(missing_ok=True)
 
 
 def _is_zombie(pid: int) -> bool:

@@ -42,6 +42,16 @@ def test_an_engine_that_answers_is_used(monkeypatch):
     engine.ensure()
 
 
+@pytest.mark.parametrize(
+    ("content", "program", "stays"), [("{me}", "nobody", False), ("{me}", None, True), ("x", "a", False)]
+)
+def test_the_record_of_a_killed_daemon_is_removed(tmp_path, content, program, stays):
+    record = tmp_path / "daemon.pid"
+    record.write_text(content.format(me=os.getpid()))
+    engine._forget_dead(record, program or Path("/proc/self/comm").read_text().strip())
+    assert record.exists() == stays
+
+
 def test_the_image_is_named_after_its_sources(monkeypatch, tmp_path):
     for path in image.SOURCES.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
