@@ -68,6 +68,8 @@ def down(name: str) -> None:
         say(f"There is no lab named '{name}': nothing to remove.")
         return
     engine.ensure()
+    if machine.exists(lab) and (other := machine.owner(lab)) != controller.PROJECT and other.is_dir():
+        raise LabError(f"The lab '{name}' was made from {other}: run `make down` there.")
     with step(f"Removing the lab '{name}'"):
         machine.destroy(lab)
         if machine.STATE.exists() and not any(machine.STATE.iterdir()):
@@ -198,9 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         ):
             variable = f"LAB_{field.upper()}"
             default = os.environ.get(variable) or ports.get(field, getattr(defaults, field))
-            sub.add_argument(
-                f"--{field.replace('_', '-')}", type=kind, default=kind(default), help=f"{text_} [{variable}]"
-            )
+            sub.add_argument(f"--{field.replace('_', '-')}", type=kind, default=default, help=f"{text_} [{variable}]")
     sub = named("play", "run a playbook against the lab")
     sub.add_argument("playbook", help="its name, for example swap")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="passed to ansible-playbook")

@@ -76,8 +76,11 @@ def _bootstrap(suite: str, mirror: str) -> str:
         # /tmp may be mounted noexec, where the maintainer scripts of the new tree could not run.
         environment = {**os.environ, "TMPDIR": "/var/tmp"}  # noqa: S108
         archive = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
-        loaded = subprocess.run(["docker", "import", "-", name], stdin=archive.stdout, capture_output=True, check=False)
-        if archive.wait() != 0 or loaded.returncode != 0:
+        loaded = subprocess.Popen(["docker", "import", "-", name], stdin=archive.stdout, stdout=log, stderr=log)
+        # The engine's end alone must hold the pipe: else, where that dies, the bootstrap waits for a reader for ever.
+        archive.stdout.close()
+        statuses = loaded.wait(), archive.wait()
+        if any(statuses):
             succeeds(["docker", "image", "rm", name])
             log.seek(0)
             last = "\n".join(log.read().decode(errors="replace").splitlines()[-10:])

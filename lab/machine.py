@@ -103,6 +103,12 @@ def exists(machine: Machine) -> bool:
     return succeeds(["docker", "container", "inspect", machine.container])
 
 
+def owner(machine: Machine) -> Path:
+    """The checkout that an existing machine was made from, which has its key."""
+    inspect = ["docker", "inspect", "--format", f'{{{{index .Config.Labels "{OWNER}"}}}}', machine.container]
+    return Path(run(inspect).strip() or "/nonexistent")
+
+
 def restart(machine: Machine) -> Machine:
     """Reboot the machine and wait until it is up."""
     run(["docker", "restart", "--time", "60", machine.container])
@@ -183,12 +189,11 @@ def _require_free(port: int, variable: str) -> None:
 
 def _require_same(wanted: Machine) -> None:
     """Refuse what an existing machine can't become; a changed port of the tunnel is simply opened anew."""
-    inspect = ["docker", "inspect", "--format", f'{{{{index .Config.Labels "{OWNER}"}}}}', wanted.container]
-    owner = run(inspect).strip()
-    if owner != str(controller.PROJECT) or not (wanted.directory / "lab.json").exists():
+    made_from = owner(wanted)
+    if made_from != controller.PROJECT or not (wanted.directory / "lab.json").exists():
         raise LabError(
-            f"A lab named '{wanted.name}' exists already, made from {owner or 'elsewhere'}, or it was never finished. "
-            "Remove it with `make down`, or choose another name and ports: make up LAB_NAME=second LAB_EDGE_PORT=8081 "
+            f"A lab named '{wanted.name}' exists already, made from {made_from}, or it was never finished. Remove it "
+            "there with `make down`, or choose another name and ports: make up LAB_NAME=second LAB_EDGE_PORT=8081 "
             "LAB_PROMETHEUS_PORT=9091 LAB_GRAFANA_PORT=3001 LAB_SSH_PORT=2223"
         )
     made = load(wanted.name)
