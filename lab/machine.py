@@ -64,7 +64,8 @@ def load(name: str) -> Machine:
     try:
         state = json.loads((STATE / name / "lab.json").read_text())
     except FileNotFoundError:
-        raise LabError(f"There is no lab named '{name}'. Create it with `make up`.") from None
+        variable = "" if name == "appliance" else f" LAB_NAME={name}"
+        raise LabError(f"There is no lab named '{name}'. Create it with `make up{variable}`.") from None
     return Machine(**{key: state[key] for key in Machine.__dataclass_fields__})
 
 
