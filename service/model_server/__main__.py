@@ -37,6 +37,9 @@ def main() -> int:
         log = log.bind(model=bundle.name, version=bundle.version)
         capture_library_logs(log)
         Supervisor(config, bundle, metrics, metrics_directory, log).run()
+    except ConfigError as error:
+        log.error("configuration_rejected", str(error))
+        return _REJECTED
     except BundleError as error:
         _reject(config, log, error)
         return _REJECTED

@@ -6,22 +6,29 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from model_server.payload import DTYPES, TensorSpec
+from model_server.bodies import BytesSpec, JsonSpec
+from model_server.images import DEFAULT_MAX_PIXELS, MOST_PIXELS, ImageSpec
+from model_server.payload import DTYPES, ClassesSpec, InputSpec, OutputSpec, TensorSpec
 
 MANIFEST = "manifest.yaml"
 EXAMPLES = "examples.json"
 CHECKSUMS = "SHA256SUMS"
 
+WEIGHTS_FORMATS = ("state_dict", "safetensors", "torchscript")
+_FORMATS_BY_SUFFIX = {".pth": "state_dict", ".pt": "state_dict", ".safetensors": "safetensors"}
+
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}")
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _LONGEST_MESSAGE = 2000
+_LONGEST_SIDE = 8192
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -39,23 +46,77 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """The class of a model: the bundle's file that has it, its name, and what it is made with."""
+
+    file: str
+    class_name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A TorchServe handler. Without ``class_name``: the file's function ``handle``, or its only class that has one."""
+
+    file: str
+    class_name: str | None
+    config: str | None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Faster variants of a model; ``tolerance`` is how far their outputs on the examples may be from the original's."""
+
+    torchscript: bool = False
+    channels_last: bool = False
+    dtype: str | None = None
+    quantize: str | None = None
+    tolerance: float = 1e-3
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What is asked for, in the manifest's words: ``("torchscript: true",)``."""
+        asked = {
+            "torchscript: true": self.torchscript,
+            "channels_last: true": self.channels_last,
+            f"dtype: {self.dtype}": self.dtype,
+            f"quantize: {self.quantize}": self.quantize,
+        }
+        return tuple(option for option, wanted in asked.items() if wanted)
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A verified bundle. ``digest`` is ``sha256:<hex>`` of the file SHA256SUMS."""
+    """A verified bundle. ``digest`` is ``sha256:<hex>`` of the file SHA256SUMS.
+
+    Of a bundle that holds several, everything but the directory, the digest, the name, the version and the
+    description is the first one's.
+    """
 
     directory: Path
     digest: str
     name: str
     version: str
     description: str
-    entry_file: str
-    entry_class: str
-    entry_arguments: dict[str, Any]
-    weights: str
-    input: TensorSpec
-    output: TensorSpec
+    entry: Entry | None
+    weights: str | None
+    weights_format: str
+    handler: Handler | None
+    speed: Speed
+    device: str
+    input: InputSpec
+    output: OutputSpec
     max_rows: int
+    max_batch_rows: int
+    max_delay_ms: float
     metrics: dict[str, float]
     examples: tuple[Example, ...]
+    parts: tuple["Bundle", ...] = ()
+
+    @property
+    def models(self) -> tuple["Bundle", ...]:
+        """The models that it holds; the first is the default."""
+        return self.parts or (self,)
 
     @property
     def label(self) -> str:
@@ -65,6 +126,15 @@ class Bundle:
 
 def read(directory: Path) -> Bundle:
     """Read the bundle in ``directory`` and verify everything that needs no PyTorch. Raises BundleError."""
+    return _explained(directory, _read_verified)
+
+
+def read_draft(directory: Path) -> Bundle:
+    """Read the manifest of a bundle that still lacks examples and checksums. Raises BundleError."""
+    return _explained(directory, lambda _, manifest: _parse(directory, "", manifest, ()))
+
+
+def _explained(directory: Path, reading: Callable[[Path, bytes], Bundle]) -> Bundle:
     if not directory.is_dir():
         raise BundleError(f"bundle: {directory} is not a directory")
     label = "bundle"
@@ -72,8 +142,7 @@ def read(directory: Path) -> Bundle:
         manifest_bytes = _read_file(directory, MANIFEST)
         # Who is being complained about belongs into every message, also into one about a checksum.
         label = _label(manifest_bytes)
-        digest = _verify_checksums(directory)
-        return _parse(directory, digest, manifest_bytes, _read_file(directory, EXAMPLES))
+        return reading(directory, manifest_bytes)
     except _Problem as problem:
         raise BundleError(f"{label}: {problem}"[:_LONGEST_MESSAGE]) from None
     except OSError as error:
@@ -86,6 +155,11 @@ def read(directory: Path) -> Bundle:
 
 class _Problem(Exception):
     """What is wrong with a bundle, without its name."""
+
+
+def _read_verified(directory: Path, manifest: bytes) -> Bundle:
+    digest = _verify_checksums(directory)
+    return _parse(directory, digest, manifest, _examples(_read_file(directory, EXAMPLES)))
 
 
 def _label(manifest: bytes) -> str:
@@ -160,35 +234,83 @@ def _inner_path(text: str, where: str) -> str:
     return path.as_posix()
 
 
-def _parse(directory: Path, digest: str, manifest: bytes, examples: bytes) -> Bundle:
+def _parse(directory: Path, digest: str, manifest: bytes, examples: tuple[Example, ...]) -> Bundle:
     try:
         document = yaml.safe_load(manifest)
     except Exception as error:
         raise _Problem(f"{MANIFEST} is not YAML: {' '.join(str(error).split())}") from None
     top = _Fields(document, "")
-    entry = _Fields(top.take("entry"), "entry")
+    if top.has("models"):
+        return _collection(directory, digest, top, examples)
     batching = _Fields(top.take("batching"), "batching")
+    max_rows = batching.whole("max_rows", 1, 65536)
+    handler = _handler(top, directory)
+    weights = top.file("weights", directory) if top.has("weights") else None
     bundle = Bundle(
         directory=directory,
         digest=digest,
         name=top.text("name", _NAME),
         version=top.text("version", _VERSION),
         description=top.text("description"),
-        entry_file=entry.file("file", directory),
-        entry_class=entry.text("class"),
-        entry_arguments=_arguments(entry.take("arguments", {})),
-        weights=top.file("weights", directory),
-        input=_tensor(top.take("input"), "input"),
-        output=_tensor(top.take("output"), "output"),
-        max_rows=batching.whole("max_rows", 1, 65536),
+        handler=handler,
+        entry=_entry(top, directory),
+        weights=weights,
+        weights_format=_weights_format(top, None if handler else weights),
+        speed=_speed(top),
+        device=top.choice("device", ("cpu", "auto"), "cpu"),
+        input=_input(top.take("input")),
+        output=_output(top.take("output")),
+        max_rows=max_rows,
+        max_batch_rows=batching.whole("max_batch_rows", 1, 65536, default=max_rows),
+        max_delay_ms=batching.number("max_delay_ms", 0, 1000, default=0),
         metrics=_metrics(top.take("metrics", {})),
-        examples=_examples(examples),
+        examples=examples,
     )
-    for fields in (top, entry, batching):
+    for fields in (top, batching):
         fields.finish()
-    if not bundle.entry_class.isidentifier():
-        raise _Problem(f"{MANIFEST}: entry.class is {bundle.entry_class!r}; it must be the name of a class")
+    _check_code(bundle)
     return bundle
+
+
+def _collection(directory: Path, digest: str, top: "_Fields", examples: tuple[Example, ...]) -> Bundle:
+    """A bundle whose directories are bundles."""
+    name, version, description = top.text("name", _NAME), top.text("version", _VERSION), top.text("description")
+    listed = top.take("models")
+    top.finish()
+    if not isinstance(listed, list) or not listed or not all(isinstance(item, str) for item in listed):
+        raise top.fail("models", listed, "a list of the models' names, each a directory of this bundle")
+    parts = []
+    for item in listed:
+        if not _NAME.fullmatch(item) or listed.count(item) > 1:
+            raise top.fail("models", listed, f"a list of different names that match ^{_NAME.pattern}$")
+        parts.append(_part(directory / item, item, bool(digest)))
+    # What the collection answers on /predict, its first model does.
+    own = tuple(example for example in examples if example not in parts[0].examples)
+    parts[0] = replace(parts[0], examples=parts[0].examples + own)
+    return replace(
+        parts[0],
+        directory=directory,
+        digest=digest,
+        name=name,
+        version=version,
+        description=description,
+        parts=tuple(parts),
+    )
+
+
+def _part(directory: Path, name: str, verify: bool) -> Bundle:
+    if not directory.is_dir():
+        raise _Problem(f"{MANIFEST}: models names {name}, which is not a directory of the bundle")
+    try:
+        manifest = _read_file(directory, MANIFEST)
+        part = _read_verified(directory, manifest) if verify else _parse(directory, "", manifest, ())
+    except _Problem as problem:
+        raise _Problem(f"{name}: {problem}") from None
+    if part.parts:
+        raise _Problem(f"{name}: {MANIFEST}: models can't be used here; only the outermost manifest may list models")
+    if part.name != name:
+        raise _Problem(f"{name}: {MANIFEST}: name is {part.name!r}; it must be {name!r}, as the directory is called")
+    return part
 
 
 class _Fields:
@@ -220,10 +342,40 @@ class _Fields:
             raise self.fail(key, value, f"text that matches ^{pattern.pattern}$")
         return value
 
-    def whole(self, key: str, low: int, high: int) -> int:
-        value = self.take(key)
+    def has(self, key: str) -> bool:
+        """Whether the field is there and not empty."""
+        if self._left.get(key) is None:
+            self._left.pop(key, None)
+        return key in self._left
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
+        value = self.take(key, default)
+        if value not in choices:
+            raise self.fail(key, value, f"one of {', '.join(choices)}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.take(key, False)
+        if type(value) is not bool:
+            raise self.fail(key, value, "true or false")
+        return value
+
+    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
+        value = self.take(key, default)
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise self.fail(key, value, f"a number from {low} to {high}")
+        return float(value)
+
+    def whole(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.take(key, default)
         if type(value) is not int or not low <= value <= high:
             raise self.fail(key, value, f"a whole number from {low} to {high}")
+        return value
+
+    def identifier(self, key: str) -> str:
+        value = self.text(key)
+        if not value.isidentifier():
+            raise self.fail(key, value, "the name of a class")
         return value
 
     def file(self, key: str, directory: Path) -> str:
@@ -237,14 +389,144 @@ class _Fields:
             raise _Problem(f"{MANIFEST}: {self._path(key)} is not a known field")
 
 
-def _arguments(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+def _entry(top: _Fields, directory: Path) -> Entry | None:
+    if not top.has("entry"):
+        return None
+    fields = _Fields(top.take("entry"), "entry")
+    entry = Entry(fields.file("file", directory), fields.identifier("class"), fields.take("arguments", {}))
+    fields.finish()
+    if not isinstance(entry.arguments, dict) or not all(isinstance(key, str) for key in entry.arguments):
         raise _Problem(f"{MANIFEST}: entry.arguments must be a mapping of argument names to values")
-    return value
+    return entry
 
 
-def _tensor(value: Any, where: str) -> TensorSpec:
-    fields = _Fields(value, where)
+def _handler(top: _Fields, directory: Path) -> Handler | None:
+    if not top.has("handler"):
+        return None
+    fields = _Fields(top.take("handler"), "handler")
+    handler = Handler(
+        file=fields.file("file", directory),
+        class_name=fields.identifier("class") if fields.has("class") else None,
+        config=fields.file("config", directory) if fields.has("config") else None,
+    )
+    fields.finish()
+    return handler
+
+
+def _weights_format(top: _Fields, weights: str | None) -> str:
+    if weights is None:
+        return top.choice("weights_format", ("none",), "none")
+    default = _FORMATS_BY_SUFFIX.get(PurePosixPath(weights).suffix)
+    if default is None and not top.has("weights_format"):
+        raise _Problem(
+            f"{MANIFEST}: weights_format is missing; {weights} could hold anything, say which of "
+            f"{', '.join(WEIGHTS_FORMATS)} it is"
+        )
+    return top.choice("weights_format", WEIGHTS_FORMATS, default)
+
+
+def _speed(top: _Fields) -> Speed:
+    fields = _Fields(top.take("speed", {}), "speed")
+    speed = Speed(
+        torchscript=fields.flag("torchscript"),
+        channels_last=fields.flag("channels_last"),
+        dtype=fields.choice("dtype", ("bfloat16",)) if fields.has("dtype") else None,
+        quantize=fields.choice("quantize", ("dynamic",)) if fields.has("quantize") else None,
+        tolerance=fields.number("tolerance", 0, sys.float_info.max, default=1e-3),
+    )
+    fields.finish()
+    if speed.dtype and speed.quantize:
+        raise _Problem(f"{MANIFEST}: speed.dtype and speed.quantize exclude each other; choose one")
+    return speed
+
+
+def _check_code(bundle: Bundle) -> None:
+    """Whether the fields that say what code runs go together."""
+    if bundle.handler is not None:
+        if bundle.speed.options:
+            raise _Problem(f"{MANIFEST}: speed can't be used with handler, which runs the model itself")
+        if bundle.device != "cpu":
+            raise _Problem(f"{MANIFEST}: device is {bundle.device!r}; with handler it must be 'cpu'")
+    elif bundle.weights_format == "torchscript":
+        if bundle.entry is not None:
+            raise _Problem(f"{MANIFEST}: entry can't be used with torchscript, whose file holds the code too")
+    elif bundle.entry is None:
+        raise _Problem(f"{MANIFEST}: entry is missing; only torchscript weights and handlers go without")
+    for option in ("quantize", "torchscript"):
+        # Both make what only a CPU can run.
+        if bundle.device != "cpu" and getattr(bundle.speed, option):
+            raise _Problem(f"{MANIFEST}: device is {bundle.device!r}; with speed.{option} it must be 'cpu'")
+
+
+def _input(value: Any) -> InputSpec:
+    fields = _Fields(value, "input")
+    return _INPUTS[fields.choice("kind", tuple(_INPUTS), "tensor")](fields)
+
+
+def _output(value: Any) -> OutputSpec:
+    fields = _Fields(value, "output")
+    return _OUTPUTS[fields.choice("kind", tuple(_OUTPUTS), "tensor")](fields)
+
+
+def _bytes(fields: _Fields) -> BytesSpec:
+    fields.finish()
+    return BytesSpec()
+
+
+def _json(fields: _Fields) -> JsonSpec:
+    fields.finish()
+    return JsonSpec()
+
+
+def _image(fields: _Fields) -> ImageSpec:
+    width, height = fields.whole("width", 1, _LONGEST_SIDE), fields.whole("height", 1, _LONGEST_SIDE)
+    channels = fields.take("channels")
+    if type(channels) is not int or channels not in (1, 3):
+        raise fields.fail("channels", channels, "1 (grey) or 3 (red, green, blue)")
+    resize = fields.whole("resize", 0, _LONGEST_SIDE, default=0)
+    if 0 < resize < max(width, height):
+        raise fields.fail("resize", resize, f"{max(width, height)} at least, or 0 to scale the whole image")
+    spec = ImageSpec(
+        width=width,
+        height=height,
+        channels=channels,
+        mean=_by_channel(fields, "mean", channels, 0.0),
+        # Not 0, by which values are divided.
+        std=_by_channel(fields, "std", channels, 1e-6),
+        resize=resize,
+        max_pixels=fields.whole("max_pixels", width * height, MOST_PIXELS, default=DEFAULT_MAX_PIXELS),
+    )
+    fields.finish()
+    return spec
+
+
+def _by_channel(fields: _Fields, key: str, channels: int, low: float) -> tuple[float, ...]:
+    numbers = fields.take(key)
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) != channels
+        or not all(type(number) in (int, float) and low <= number <= 1 for number in numbers)
+    ):
+        raise fields.fail(key, numbers, f"a list with a number from {low} to 1 for each of {channels} channels")
+    return tuple(map(float, numbers))
+
+
+def _classes(fields: _Fields) -> ClassesSpec:
+    labels = fields.take("labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
+        raise fields.fail("labels", labels, "a list of names, in quotes where they look like numbers")
+    if len(set(labels)) < len(labels):
+        raise fields.fail("labels", labels, "a list of different names")
+    spec = ClassesSpec(
+        labels=tuple(labels),
+        top=fields.whole("top", 1, len(labels), default=min(5, len(labels))),
+        activation=fields.choice("activation", ("softmax", "none"), "softmax"),
+    )
+    fields.finish()
+    return spec
+
+
+def _tensor(fields: _Fields) -> TensorSpec:
     shape, dtype = fields.take("shape"), fields.take("dtype")
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         raise fields.fail("shape", shape, "a list of positive whole numbers, the shape of one row")
@@ -256,7 +538,11 @@ def _tensor(value: Any, where: str) -> TensorSpec:
     if features and len(features) != (wanted := shape[-1] if shape else 0):
         raise fields.fail("features", features, f"{wanted} names, as many as the last dimension of the shape")
     fields.finish()
-    return TensorSpec(tuple(shape), dtype)
+    return TensorSpec(tuple(shape), dtype, tuple(features))
+
+
+_INPUTS: dict[str, Callable[[_Fields], InputSpec]] = {"tensor": _tensor, "image": _image, "bytes": _bytes}
+_OUTPUTS: dict[str, Callable[[_Fields], OutputSpec]] = {"tensor": _tensor, "classes": _classes, "json": _json}
 
 
 def _metrics(value: Any) -> dict[str, float]:

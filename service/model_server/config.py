@@ -15,6 +15,23 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class JobsConfig:
+    """The settings of jobs. Sizes are in bytes, times in seconds."""
+
+    directory: Path
+    limit: int
+    attempts: int
+    keep_seconds: int
+    longest_seconds: int
+    max_bytes: int
+
+    @property
+    def file(self) -> Path:
+        """The SQLite database."""
+        return self.directory / "jobs.db"
+
+
+@dataclass(frozen=True)
 class Config:
     """The settings of one container. Sizes are in bytes, times in seconds."""
 
@@ -27,6 +44,11 @@ class Config:
     queue_limit: int
     drain_seconds: int
     hang_seconds: int
+    host: str
+    port: int | None
+    cors_origins: tuple[str, ...]
+    # None where there are no jobs.
+    jobs: JobsConfig | None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Config":
@@ -40,11 +62,14 @@ class Config:
             workers=_whole(environ, "MODEL_WORKERS", len(os.sched_getaffinity(0)), 1, 64),
             bundle_dir=Path(environ.get("MODEL_BUNDLE_DIR") or "/bundle"),
             socket_dir=Path(environ.get("MODEL_SOCKET_DIR") or "/run/appliance"),
-            max_body_bytes=_whole(environ, "MODEL_MAX_BODY_BYTES", 1_048_576, 1, 1 << 30),
-            # Each waiting request holds a thread of its worker, hence the upper bound.
-            queue_limit=_whole(environ, "MODEL_QUEUE_LIMIT", 32, 1, 512),
+            max_body_bytes=_whole(environ, "MODEL_MAX_BODY_BYTES", 8_388_608, 1, 1 << 30),
+            queue_limit=_whole(environ, "MODEL_QUEUE_LIMIT", 128, 1, 100_000),
             drain_seconds=_whole(environ, "MODEL_DRAIN_SECONDS", 25, 0, 3600),
             hang_seconds=_whole(environ, "MODEL_HANG_SECONDS", 60, 1, 3600),
+            host=environ.get("MODEL_HOST") or "127.0.0.1",
+            port=_whole(environ, "MODEL_PORT", 0, 1, 65535) if environ.get("MODEL_PORT") else None,
+            cors_origins=tuple((environ.get("MODEL_CORS_ORIGINS") or "").replace(",", " ").split()),
+            jobs=_jobs(environ),
         )
         longest = os.fsencode(config.worker_socket(config.workers - 1))
         if len(longest) > _LONGEST_SOCKET_PATH:
@@ -67,6 +92,19 @@ class Config:
     def worker_socket(self, index: int) -> Path:
         """Where worker ``index`` (from 0) answers predictions."""
         return self.socket_dir / f"worker-{index}.sock"
+
+
+def _jobs(environ: Mapping[str, str]) -> JobsConfig | None:
+    if not environ.get("MODEL_JOBS_DIR"):
+        return None
+    return JobsConfig(
+        directory=Path(environ["MODEL_JOBS_DIR"]),
+        limit=_whole(environ, "MODEL_JOBS_LIMIT", 1000, 1, 10_000),
+        attempts=_whole(environ, "MODEL_JOBS_ATTEMPTS", 3, 1, 100),
+        keep_seconds=_whole(environ, "MODEL_JOBS_KEEP_SECONDS", 86_400, 1, 31_536_000),
+        longest_seconds=_whole(environ, "MODEL_JOBS_LONGEST_SECONDS", 3600, 1, 86_400),
+        max_bytes=_whole(environ, "MODEL_JOBS_MAX_BYTES", 1 << 30, 1, 1 << 40),
+    )
 
 
 def _whole(environ: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

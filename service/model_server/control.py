@@ -13,8 +13,6 @@ from model_server.metrics import Exporter, Metrics
 from model_server.state import Phase, SharedState
 from model_server.web import Frame, Server, create_app, json_response
 
-ROUTES = frozenset(("/health", "/metrics"))
-
 _THREADS = 4
 
 
@@ -44,21 +42,20 @@ def health(config: Config, bundle: Bundle, state: SharedState) -> tuple[dict[str
     return document, code
 
 
-def create_control_app(
-    config: Config, bundle: Bundle, state: SharedState, exporter: Exporter, log: Log, frame: Frame
-) -> flask.Flask:
-    """The application with the routes ``GET /health`` and ``GET /metrics``."""
-    app = create_app(frame, log)
+def create_blueprint(config: Config, bundle: Bundle, state: SharedState, metrics_directory: str) -> flask.Blueprint:
+    """``GET /health`` and ``GET /metrics``."""
+    routes = flask.Blueprint("control", __name__)
+    exporter = Exporter(metrics_directory, config, bundle, state)
 
-    @app.get("/health")
+    @routes.get("/health")
     def get_health() -> flask.Response:
         return json_response(*health(config, bundle, state))
 
-    @app.get("/metrics")
+    @routes.get("/metrics")
     def get_metrics() -> flask.Response:
         return flask.Response(exporter.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return app
+    return routes
 
 
 def run_control(
@@ -71,9 +68,9 @@ def run_control(
     log: Log,
 ) -> None:
     """Serve health and metrics on ``listener`` until SIGTERM."""
-    exporter = Exporter(metrics_directory, config, bundle, state)
-    frame = Frame(config, bundle, metrics, log, ROUTES, quiet=True)
-    app = create_control_app(config, bundle, state, exporter, log, frame)
-    server = Server(app, frame, listener, _THREADS, config.max_body_bytes)
+    frame = Frame(config, bundle, metrics, log)
+    app = create_app(frame, log)
+    app.register_blueprint(create_blueprint(config, bundle, state, metrics_directory))
+    server = Server(app, frame, [listener], _THREADS, config.max_body_bytes)
     signal.signal(signal.SIGTERM, server.stop)
     server.run(drain_seconds=1)

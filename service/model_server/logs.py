@@ -1,11 +1,16 @@
 """JSON log lines on standard output."""
 
+import contextlib
 import json
 import logging
 import os
+import select
+import time
 import traceback
 from datetime import UTC, datetime
 from typing import Any
+
+import orjson
 
 # What collects the log cuts lines apart at 48 KiB.
 _LONGEST_MESSAGE = 4000
@@ -26,6 +31,10 @@ class Log:
         """A log whose lines also carry ``fields``."""
         return Log(self._fd, **{**self._fields, **fields})
 
+    def gather(self) -> "Lines":
+        """Lines to be written together, for where each write would cost too much."""
+        return Lines(self._fd, self._fields)
+
     def info(self, event: str, message: str, **fields: Any) -> None:
         """Something that is as it should be."""
         self._write("info", event, message, fields)
@@ -41,9 +50,8 @@ class Log:
         self._write("error", event, message, fields)
 
     def _write(self, level: str, event: str, message: str, fields: dict[str, Any]) -> None:
-        time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = {
-            "time": time,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": level,
             "event": event,
             "message": message[:_LONGEST_MESSAGE],
@@ -52,12 +60,52 @@ class Log:
         }
         data = json.dumps(line, default=str).encode() + b"\n"
         # One write for each line: several processes share this pipe, and lines up to PIPE_BUF then never mix.
-        try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:
-            # Whoever read the log is gone; that is no reason to stop serving.
+        _write(self._fd, data)
+
+
+class Lines:
+    """Lines of a ``Log`` that are written by ``flush``, many at a time. For one thread."""
+
+    def __init__(self, fd: int, fields: dict[str, Any]) -> None:
+        self._fd = fd
+        self._fields = fields
+        self._waiting: list[bytes] = []
+        self._second = 0
+        self._second_text = ""
+
+    def info(self, event: str, message: str, fields: dict[str, Any]) -> None:
+        """Something that is as it should be; ``fields`` must be JSON values."""
+        line = {"time": self._now(), "level": "info", "event": event, "message": message, **self._fields, **fields}
+        self._waiting.append(orjson.dumps(line))
+
+    def flush(self) -> None:
+        """Write what waits, in pieces that no other process's lines get into."""
+        if not self._waiting:
             return
+        waiting, self._waiting = self._waiting, []
+        piece: list[bytes] = []
+        size = 0
+        for line in waiting:
+            if piece and size + len(line) + 1 > select.PIPE_BUF:
+                _write(self._fd, b"\n".join(piece) + b"\n")
+                piece, size = [], 0
+            piece.append(line)
+            size += len(line) + 1
+        _write(self._fd, b"\n".join(piece) + b"\n")
+
+    def _now(self) -> str:
+        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        if seconds != self._second:
+            self._second = seconds
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        return f"{self._second_text}.{nanoseconds // 1_000_000:03d}Z"
+
+
+def _write(fd: int, data: bytes) -> None:
+    # Whoever read the log may be gone; that is no reason to stop serving.
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(fd, data) :]
 
 
 class _Bridge(logging.Handler):

@@ -4,10 +4,13 @@ The counters live in memory-mapped files, one set for each role (``control``, ``
 a replacement worker goes on where the dead one stopped. So counters never fall, and files never pile up.
 """
 
+import bisect
 import shutil
+import sqlite3
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,15 +18,22 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from model_server.bundle import Bundle
 from model_server.config import Config
+from model_server.jobs.store import Store
 from model_server.state import SharedState
 
-_DURATION_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_MODEL_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+_JOB_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
+_CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+_MOST_CLASSES = 20
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _USUAL_CODES = {
-    ("POST", "/predict"): (200, 400, 413, 500, 503),
+    ("POST", "/predict"): (200, 400, 413, 500, 503, 504),
     ("GET", "/health"): (200, 503),
     ("GET", "/metrics"): (200,),
 }
+REJECTIONS = ("invalid", "too_large", "unknown_model", "queue_full", "deadline", "abandoned")
 
 
 class Metrics:
@@ -37,22 +47,54 @@ class Metrics:
         self._role = "parent"
         values.ValueClass = values.MultiProcessValue(lambda: self._role)
         # Without a registry of their own: what is exported is read from the files.
-        self._predictions = Counter("predictions", "Rows predicted, by outcome.", ["status"], registry=None)
-        self.prediction_ok = self._predictions.labels("ok")
-        self.prediction_error = self._predictions.labels("error")
-        self.prediction_duration = Histogram(
-            "prediction_duration_seconds", "Time in the model.", buckets=_DURATION_BUCKETS, registry=None
+        self.predictions = Counter("predictions", "Rows predicted, by outcome.", ["model", "status"], registry=None)
+        self.prediction_duration = _histogram(
+            "prediction_duration_seconds", "Time in the model, by batch.", _MODEL_BUCKETS
         )
+        self.request_duration = _histogram(
+            "model_request_duration_seconds", "From the whole request to the whole answer.", _REQUEST_BUCKETS
+        )
+        self.queue_wait = _histogram(
+            "model_queue_wait_seconds", "Time that a request waits for the model.", _REQUEST_BUCKETS
+        )
+        self.handler_duration = _histogram(
+            "model_handler_duration_seconds", "A request's time neither waiting nor in the model.", _MODEL_BUCKETS
+        )
+        self.batch_rows = _histogram("model_batch_rows", "Rows that the model got together.", _BATCH_BUCKETS)
+        self.confidence = _histogram(
+            "model_prediction_confidence", "Probability of the class that was predicted.", _CONFIDENCE_BUCKETS
+        )
+        self.predicted_classes = Counter(
+            "model_predicted_class", "Rows by the class that was predicted.", ["model", "class"], registry=None
+        )
+        self.rejected = Counter(
+            "model_rejected", "Requests without a prediction, by reason.", ["model", "reason"], registry=None
+        )
+        self.job_duration = _histogram(
+            "model_job_duration_seconds", "Time that a job took once it was its turn.", _JOB_BUCKETS
+        )
+        self.jobs_finished = Counter("model_jobs_finished", "Jobs that ended, by outcome.", ["status"], registry=None)
         self.requests_in_progress = Gauge(
             "model_requests_in_progress",
             "Predictions that wait for the model or are in it.",
             multiprocess_mode="livesum",
             registry=None,
         )
+        self.queue_depth = Gauge(
+            "model_queue_depth", "Requests that wait for the model.", multiprocess_mode="livesum", registry=None
+        )
         self._requests = Counter("http_requests", "HTTP requests answered.", ["method", "path", "code"], registry=None)
         for (method, path), codes in _USUAL_CODES.items():
             for code in codes:
                 self._requests.labels(method, path, str(code))
+        self._models: dict[str, ModelMetrics] = {}
+        self._children: dict[tuple[str, str, int], Any] = {}
+
+    def of(self, model: str, labels: Sequence[str] = ()) -> "ModelMetrics":
+        """The metrics of one model; ``labels`` are the classes that it tells apart, where it is a classifier."""
+        if model not in self._models:
+            self._models[model] = ModelMetrics(self, model, labels)
+        return self._models[model]
 
     def become(self, role: str) -> None:
         """Count under ``role`` from now on. Called first thing after a fork; no two live processes share a role."""
@@ -66,11 +108,97 @@ class Metrics:
 
     def count_request(self, method: str, path: str, code: int) -> None:
         """Count an answered request. ``path`` must be a known route or ``other``, never what a client sent."""
-        self._requests.labels(method if method in _METHODS else "other", path, str(code)).inc()
+        self.request_child(method, path, code).inc()
+
+    def request_child(self, method: str, path: str, code: int) -> Any:
+        """The counter of requests with these labels."""
+        key = (method, path, code)
+        child = self._children.get(key)
+        if child is None:
+            child = self._requests.labels(method if method in _METHODS else "other", path, str(code))
+            # Methods are the client's: the cache must not grow with them.
+            if method in _METHODS:
+                self._children[key] = child
+        return child
 
     def remove_files(self) -> None:
         """Called by the parent when every other process has ended."""
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class ModelMetrics:
+    """One model's metrics. ``batch`` and ``outputs`` may be called from any thread."""
+
+    def __init__(self, metrics: Metrics, model: str, labels: Sequence[str] = ()) -> None:
+        self.ok = metrics.predictions.labels(model, "ok")
+        self.error = metrics.predictions.labels(model, "error")
+        self.request_duration = metrics.request_duration.labels(model)
+        self.queue_wait = metrics.queue_wait.labels(model)
+        self.handler_duration = metrics.handler_duration.labels(model)
+        self.rejected = {reason: metrics.rejected.labels(model, reason) for reason in REJECTIONS}
+        self._duration = metrics.prediction_duration.labels(model)
+        self._batch_rows = metrics.batch_rows.labels(model)
+        self._confidence = metrics.confidence.labels(model) if labels else None
+        # A class of its own for the first ones, as many as dashboards can show.
+        self._classes = {label: metrics.predicted_classes.labels(model, label) for label in labels[:_MOST_CLASSES]}
+        self._other = metrics.predicted_classes.labels(model, "other") if len(labels) > _MOST_CLASSES else None
+
+    def batch(self, rows: int, seconds: float) -> None:
+        """Count one run of the model."""
+        self._duration.observe(seconds)
+        self._batch_rows.observe(rows)
+
+    def outputs(self, values: Any) -> None:
+        """Count the classes among a request's outputs, where the model is a classifier."""
+        if self._confidence is None or not isinstance(values, list):
+            return
+        for value in values:
+            child = self._classes.get(value["class"], self._other)
+            if child is not None:
+                child.inc()
+            self._confidence.observe(value["probability"])
+
+
+class Tally:
+    """Counts that are added to the metrics together, since one by one they would cost more than a small model.
+
+    For one thread. ``flush`` uses what prometheus_client keeps to itself: a histogram's counters can't be raised by
+    more than one observation otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[Any, float] = {}
+        self._observations: dict[Any, list[float]] = {}
+
+    def count(self, counter: Any, amount: float = 1) -> None:
+        """Add to a counter's child."""
+        self._counts[counter] = self._counts.get(counter, 0) + amount
+
+    def observe(self, histogram: Any, value: float) -> None:
+        """Add an observation to a histogram's child."""
+        observed = self._observations.get(histogram)
+        if observed is None:
+            observed = self._observations[histogram] = []
+        observed.append(value)
+
+    def flush(self) -> None:
+        """Make it visible to scrapes."""
+        for counter, amount in self._counts.items():
+            counter.inc(amount)
+        self._counts.clear()
+        for histogram, observed in self._observations.items():
+            bounds, counts = histogram._upper_bounds, {}
+            for value in observed:
+                index = bisect.bisect_left(bounds, value)
+                counts[index] = counts.get(index, 0) + 1
+            histogram._sum.inc(sum(observed))
+            for index, number in counts.items():
+                histogram._buckets[index].inc(number)
+        self._observations.clear()
+
+
+def _histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+    return Histogram(name, text, ["model"], buckets=buckets, registry=None)
 
 
 class Exporter:
@@ -96,13 +224,27 @@ class _Facts:
     def __init__(self, config: Config, bundle: Bundle, state: SharedState) -> None:
         self._state = state
         self._constant = list(_constant_metrics(config, bundle))
+        self._colour = config.colour
+        self._jobs = None if config.jobs is None else Store(config.jobs)
 
     def collect(self) -> Iterable[Metric]:
         workers = GaugeMetricFamily("model_workers", "Worker processes.", labels=["state"])
         workers.add_metric(["wanted"], self._state.wanted)
         workers.add_metric(["ready"], self._state.ready)
         restarts = CounterMetricFamily("model_worker_restarts", "Workers replaced.", value=self._state.restarts)
-        return [*self._constant, workers, restarts]
+        return [*self._constant, workers, restarts, *self._job_metrics()]
+
+    def _job_metrics(self) -> Iterable[Metric]:
+        if self._jobs is None:
+            return
+        family = GaugeMetricFamily("model_jobs", "Jobs of this colour.", labels=["status"])
+        try:
+            for status, number in self._jobs.counts(self._colour).items():
+                family.add_metric([status], number)
+        # All the other metrics matter the more then.
+        except sqlite3.Error:
+            return
+        yield family
 
 
 def _constant_metrics(config: Config, bundle: Bundle) -> Iterator[Metric]:

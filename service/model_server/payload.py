@@ -2,8 +2,11 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import orjson
 
 # The numbers that fit each type; anything outside would reach the model as an infinity or not at all.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -38,70 +41,240 @@ class NotFinite(UnusableOutput):
     """A number of the output is infinite or not a number; the message is for the client."""
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """The shape of one row, without the dimension that counts rows, and the type of its numbers."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def describe(self) -> str:
-        """For messages: ``float32 of shape [2]``."""
-        return f"{self.dtype} of shape {list(self.shape)}"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one request, as nested lists; ``single`` where the client sent one row and not a list of rows."""
+    """The rows of one request, one value each; ``single`` where the client sent one row and not a list of rows."""
 
     values: list[Any]
     single: bool
 
 
-def parse(body: bytes, spec: TensorSpec, max_rows: int) -> Rows:
-    """Read ``{"data": …}``: one row of ``spec``, or a list of 1 to ``max_rows`` of them. Raises BadRequest."""
+class InputSpec(Protocol):
+    """What a model takes, by the manifest's ``input``.
+
+    ``shape`` is of one row, without the dimension that counts rows; ``dtype`` is PyTorch's name, or ``bytes``.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def rows(self, data: Any, max_rows: int) -> Rows:
+        """Check the member "data" of a JSON body. Raises BadRequest."""
+
+    def prepare(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """What the model gets of checked rows. Runs where the model runs. Raises BadRequest."""
+
+    def describe(self) -> str:
+        """For messages: ``float32 of shape [2]``."""
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of one row."""
+
+
+class OutputSpec(Protocol):
+    """What a model answers for a row, by the manifest's ``output``. ``labels`` are the classes of a classifier."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    labels: tuple[str, ...]
+
+    def check(self, output: Any) -> None:
+        """Whether a tensor is of shape [rows, *shape] and of the promised type. Raises TypeError."""
+
+    def values(self, output: Any) -> list[Any]:
+        """A JSON value for each row of a tensor. Raises TypeError."""
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of one row's value."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Numbers of one type and shape, in or out."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    features: tuple[str, ...] = ()
+
+    kind = "tensor"
+    labels: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """For messages: ``float32 of shape [2]``."""
+        return f"{self.dtype} of shape {list(self.shape)}"
+
+    def rows(self, data: Any, max_rows: int) -> Rows:
+        """One row, or a list of 1 to ``max_rows`` of them. Raises BadRequest."""
+        depth, rank = _depth(data), len(self.shape)
+        if depth == rank:
+            values, single = [data], True
+        elif depth == rank + 1:
+            values, single = data, False
+        else:
+            raise BadRequest(f"data must be one row ({self.describe()}) or a list of such rows")
+        check_count(len(values), max_rows)
+        check = _Check(self)
+        for index, row in enumerate(values):
+            check.row(row, "data" if single else f"data[{index}]")
+        return Rows(values, single)
+
+    def prepare(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Nothing to do."""
+        return rows
+
+    def check(self, output: Any) -> None:
+        """Raises TypeError where ``output`` isn't a tensor of shape [rows, *shape] and of the promised type."""
+        if tuple(output.shape[1:]) != self.shape or str(output.dtype) != f"torch.{self.dtype}":
+            raise TypeError(
+                f"the manifest promises {self.describe()} for each row, "
+                f"the model returned {output.dtype} of shape {list(output.shape)}"
+            )
+
+    def values(self, output: Any) -> list[Any]:
+        """The numbers of each row. Raises TypeError."""
+        self.check(output)
+        # A row with one number is written as that number and not as a list of one.
+        return (output.flatten() if self.shape == (1,) else output).tolist()
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of one row."""
+        low, high = _RANGES[self.dtype]
+        schema: dict[str, Any]
+        if self.dtype == "bool":
+            schema = {"type": "boolean"}
+        else:
+            kind = "integer" if self.dtype.startswith("int") else "number"
+            schema = {"type": kind, "minimum": low, "maximum": high}
+        for size in reversed(self.shape):
+            schema = {"type": "array", "items": schema, "minItems": size, "maxItems": size}
+        return schema
+
+
+@dataclass(frozen=True)
+class ClassesSpec:
+    """One of several classes, with how sure the model is. ``top`` is how many classes an answer holds.
+
+    The model returns float32 of shape [rows, classes]: scores where ``activation`` is ``softmax``, probabilities where
+    it is ``none``.
+    """
+
+    labels: tuple[str, ...]
+    top: int
+    activation: str
+
+    kind = "classes"
+    dtype = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one row of the model's output."""
+        return (len(self.labels),)
+
+    def check(self, output: Any) -> None:
+        """Raises TypeError where ``output`` isn't a float32 tensor of shape [rows, classes]."""
+        TensorSpec(self.shape, self.dtype).check(output)
+
+    def values(self, output: Any) -> list[Any]:
+        """Each row's class and its probability, and the most probable classes. Raises TypeError, ValueError."""
+        self.check(output)
+        best = (output.softmax(-1) if self.activation == "softmax" else output).topk(self.top)
+        values = []
+        for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            # Here and not when the answer is written: what isn't finite would spoil the metrics for good.
+            if not all(map(math.isfinite, probabilities)):
+                raise ValueError("the model returned numbers that aren't finite")
+            top = [
+                {"class": self.labels[index], "probability": probability}
+                for probability, index in zip(probabilities, indices, strict=True)
+            ]
+            values.append({**top[0], "top": top})
+        return values
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of one row's value."""
+        label = {"type": "string", "enum": list(self.labels)}
+        one = {
+            "type": "object",
+            "properties": {"class": label, "probability": {"type": "number"}},
+            "required": ["class", "probability"],
+        }
+        top = {"type": "array", "items": one, "minItems": self.top, "maxItems": self.top}
+        return {
+            "type": "object",
+            "properties": {**one["properties"], "top": top},
+            "required": [*one["required"], "top"],
+        }
+
+
+def document(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body holds. Raises BadRequest."""
     if not body:
         raise BadRequest('the body is empty; send {"data": …}')
     try:
-        document = json.loads(body, parse_constant=_refuse_constant)
-    except BadRequest:
-        raise
-    except (ValueError, RecursionError):
-        raise BadRequest('the body is not JSON; send {"data": …}') from None
-    if type(document) is not dict or "data" not in document:
+        found = orjson.loads(body)
+    except ValueError:
+        raise BadRequest(_why_not_json(body)) from None
+    if type(found) is not dict:
+        raise BadRequest("the body must be a JSON object")
+    return found
+
+
+def parse(body: bytes, spec: InputSpec, max_rows: int) -> Rows:
+    """Read ``{"data": …}``: one row of ``spec``, or a list of 1 to ``max_rows`` of them. Raises BadRequest."""
+    found = document(body)
+    if "data" not in found:
         raise BadRequest('the body must be an object with the member "data"')
-    data = document["data"]
-    depth, rank = _depth(data), len(spec.shape)
-    if depth == rank:
-        values, single = [data], True
-    elif depth == rank + 1:
-        values, single = data, False
-    else:
-        raise BadRequest(f"data must be one row ({spec.describe()}) or a list of such rows")
-    if not values:
+    return spec.rows(found["data"], max_rows)
+
+
+def check_count(rows: int, max_rows: int) -> None:
+    """Raises BadRequest where a request has no rows or too many."""
+    if not rows:
         raise BadRequest("data has no rows")
-    if len(values) > max_rows:
-        raise BadRequest(f"data has {len(values)} rows; this model takes at most {max_rows} in one request")
-    check = _Check(spec)
-    for index, row in enumerate(values):
-        check.row(row, "data" if single else f"data[{index}]")
-    return Rows(values, single)
+    if rows > max_rows:
+        raise BadRequest(f"data has {rows} rows; this model takes at most {max_rows} in one request")
 
 
 def render(outputs: list[Any], single: bool) -> bytes:
     """Write ``{"output": …}`` from one value for each row. Raises NotFinite, UnusableOutput."""
-    document = {"output": outputs[0] if single else outputs}
+    return to_json({"output": outputs[0] if single else outputs})
+
+
+def to_json(answer: Any) -> bytes:
+    """Write an answer that holds a model's outputs. Raises NotFinite, UnusableOutput."""
     try:
-        try:
-            return json.dumps(document, allow_nan=False).encode()
-        except ValueError:
-            # Anything but a number that isn't finite fails here too.
-            json.dumps(document)
-            raise NotFinite("the model has no finite answer for these numbers") from None
-    except NotFinite:
-        raise
+        body = orjson.dumps(answer)
+        # orjson writes what isn't finite as null, which an output may also hold by right.
+        if b"null" not in body:
+            return body
+    except TypeError:
+        pass
+    try:
+        return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, ValueError) and _has_infinite(answer):
+            raise NotFinite("the model has no finite answer for these numbers") from None
         raise UnusableOutput(f"the output can't be written as JSON: {error}") from error
+
+
+def _has_infinite(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _why_not_json(body: bytes) -> str:
+    try:
+        json.loads(body, parse_constant=_refuse_constant)
+    except BadRequest as error:
+        return str(error)
+    except (ValueError, RecursionError):
+        return 'the body is not JSON; send {"data": …}'
+    return "the body holds a number that is out of range, or text that is not Unicode"
 
 
 def same(expected: Any, actual: Any, tolerance: float) -> bool:

@@ -5,22 +5,29 @@ It stays single-threaded and serves nothing itself, so that it can fork safely a
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import os
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model_server.bundle import Bundle
-from model_server.config import Config
+from model_server.config import Config, ConfigError
 from model_server.control import run_control
+from model_server.jobs import create as create_jobs
 from model_server.logs import Log
 from model_server.metrics import Metrics
 from model_server.state import Phase, SharedState
 from model_server.web import TURN_SECONDS
+
+if TYPE_CHECKING:
+    from model_server.core import Models
 
 _BACKLOG = 1024
 _SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
@@ -61,9 +68,10 @@ class _Slot:
     """One role, filled by one process after the other."""
 
     role: str
-    listener: socket.socket
-    path: Path
     run: Callable[[], None]
+    # What is asked of it, where it answers anybody.
+    listener: socket.socket | None = None
+    path: Path | None = None
     worker: int | None = None
     pid: int | None = None
     started: float = 0.0
@@ -76,11 +84,15 @@ class _Slot:
 
     def show(self) -> None:
         """Take connections again."""
+        if self.path is None:
+            return
         with contextlib.suppress(FileNotFoundError):
             _hidden(self.path).rename(self.path)
 
     def close(self) -> None:
         """Make sure that nobody connects any more."""
+        if self.path is None or self.listener is None:
+            return
         self.path.unlink(missing_ok=True)
         _hidden(self.path).unlink(missing_ok=True)
         self.listener.close()
@@ -97,6 +109,7 @@ class Supervisor:
         self._log = log
         self._state = SharedState(config.workers)
         self._slots: list[_Slot] = []
+        self._port: socket.socket | None = None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises BundleError; no worker socket exists then."""
@@ -104,6 +117,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, _exit_at_once)
         signal.signal(signal.SIGINT, _exit_at_once)
         try:
+            self._config = _with_usable_jobs(self._config, self._log)
             # Before PyTorch is imported: the control process needs none of it, and health can say "starting".
             gc.collect()
             gc.freeze()
@@ -132,27 +146,46 @@ class Supervisor:
                 listener, self._config, self._bundle, self._metrics, self._metrics_directory, self._state, self._log
             )
 
-        return _Slot("control", listener, path, run)
+        return _Slot("control", run, listener, path)
 
     def _load_workers(self) -> None:
         # Imported here and not above: with the import starts PyTorch, which the control process is to do without.
-        from model_server.model import load
+        from model_server.loading import load
         from model_server.worker import run_worker
 
-        model = load(self._bundle)
+        models = load(self._bundle)
+        self._port = _listen_on_port(self._config)
+        shared = [] if self._port is None else [self._port]
 
         def slot(index: int) -> _Slot:
             path = self._config.worker_socket(index)
             listener = _listen(path)
 
             def run() -> None:
-                run_worker(index, listener, model, self._config, self._bundle, self._metrics, self._state, self._log)
+                run_worker(
+                    index,
+                    [listener, *shared],
+                    models,
+                    self._config,
+                    self._bundle,
+                    self._metrics,
+                    self._metrics_directory,
+                    self._state,
+                    self._log,
+                )
 
-            return _Slot(f"worker-{index}", listener, path, run, worker=index)
+            return _Slot(f"worker-{index}", run, listener, path, worker=index)
 
         # All of them before the first fork, so that each child can close those of the others.
         for index in range(self._config.workers):
             self._slots.append(slot(index))
+        if self._config.jobs is not None:
+            self._slots.append(self._jobs_slot(models))
+
+    def _jobs_slot(self, models: "Models") -> _Slot:
+        from model_server.jobs.consumer import run_consumer
+
+        return _Slot("jobs", lambda: run_consumer(models, self._config, self._metrics, self._log))
 
     def _start(self, slot: _Slot) -> None:
         parent = os.getpid()
@@ -171,7 +204,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             _die_with(parent)
             for other in self._slots:
-                if other is not slot:
+                if other is not slot and other.listener is not None:
                     other.listener.close()
             self._metrics.become(slot.role)
             slot.run()
@@ -280,12 +313,14 @@ class Supervisor:
     def _stop(self) -> None:
         self._state.phase = Phase.DRAINING
         self._log.info("draining", "accepted requests are finished, new ones are refused")
-        workers = [slot for slot in self._slots if slot.worker is not None]
+        control, *others = self._slots
         # First out of everybody's reach, so that a worker which has emptied its backlog knows it has seen all.
-        for slot in workers:
+        if self._port is not None:
+            self._port.close()
+        for slot in others:
             slot.close()
-        self._end(workers, self._config.drain_seconds + _KILL_MARGIN_SECONDS)
-        self._end([slot for slot in self._slots if slot.worker is None], _CONTROL_STOP_SECONDS)
+        self._end(others, self._config.drain_seconds + _KILL_MARGIN_SECONDS)
+        self._end([control], _CONTROL_STOP_SECONDS)
         self._log.info("stopped", f"{self._bundle.label} is stopped")
 
     def _end(self, slots: list[_Slot], seconds: float) -> None:
@@ -330,6 +365,32 @@ def _listen(path: Path) -> socket.socket:
         os.umask(mask)
     listener.listen(_BACKLOG)
     return listener
+
+
+def _listen_on_port(config: Config) -> socket.socket | None:
+    """A TCP socket that all workers accept from. Raises ConfigError where it can't be had."""
+    if config.port is None:
+        return None
+    try:
+        return socket.create_server(
+            (config.host, config.port),
+            family=socket.AF_INET6 if ":" in config.host else socket.AF_INET,
+            backlog=_BACKLOG,
+        )
+    except OSError as error:
+        raise ConfigError(f"MODEL_HOST and MODEL_PORT: {config.host}:{config.port}: {error.strerror}") from error
+
+
+def _with_usable_jobs(config: Config, log: Log) -> Config:
+    """The settings, without jobs where their file can't be used: predictions are served all the same."""
+    if config.jobs is None:
+        return config
+    try:
+        create_jobs(config.jobs)
+    except (OSError, sqlite3.Error) as error:
+        log.error("jobs_unavailable", f"MODEL_JOBS_DIR is {config.jobs.directory}; it can't be used: {error}")
+        return dataclasses.replace(config, jobs=None)
+    return config
 
 
 class _Stopped(BaseException):

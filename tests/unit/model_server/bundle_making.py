@@ -9,6 +9,6 @@ SHIPPED = ROOT / "bundles" / "simplemodel"
 
 def write_sums(directory: Path) -> None:
     """Write a right SHA256SUMS for what is in ``directory``."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / "SHA256SUMS")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(directory)}\n" for path in files]
     (directory / "SHA256SUMS").write_text("".join(lines))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from bundle_making import SHIPPED, write_sums
-from model_server import model
+from model_server import loading
 from model_server.bundle import BundleError, read
 
 
@@ -14,7 +14,7 @@ def rejected(directory: Path, *words: str, load: bool = False) -> None:
     with pytest.raises(BundleError) as caught:
         bundle = read(directory)
         if load:
-            model.load(bundle)
+            loading.load(bundle)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -26,7 +26,7 @@ def test_shipped_bundles_load_and_reproduce(version):
     bundle = read(SHIPPED / version)
     assert (bundle.name, bundle.version, bundle.max_rows) == ("simplemodel", version, 64)
     assert bundle.digest.startswith("sha256:") and len(bundle.digest) == 71
-    assert model.load(bundle).predict([[0.2, 0.6]]) == [pytest.approx(0.65, abs=0.03)]
+    assert loading.load(bundle).default.predict([[[0.2, 0.6]]]) == [[pytest.approx(0.65, abs=0.03)]]
 
 
 def test_missing_directory(tmp_path):
@@ -211,12 +211,11 @@ def test_pre_and_postprocessing(edit, bundle_dir):
     example = {"request": {"data": [0.2, 0.6]}, "response": answer, "tolerance": 1}
     (bundle_dir / "examples.json").write_text(json.dumps({"examples": [example]}))
     write_sums(bundle_dir)
-    loaded = model.load(read(bundle_dir))
-    values = loaded.predict([[1, 2], [3, 4]])
+    [values] = loading.load(read(bundle_dir)).default.predict([[[1, 2], [3, 4]]])
     assert values[0].keys() == {"p"} and values[0] == values[1]
 
 
 def test_loading_leaves_no_bytecode_behind(bundle_dir):
     before = sorted(bundle_dir.iterdir())
-    model.load(read(bundle_dir))
+    loading.load(read(bundle_dir))
     assert sorted(bundle_dir.iterdir()) == before

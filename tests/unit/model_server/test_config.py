@@ -11,8 +11,14 @@ def test_defaults():
     assert (config.colour, config.release) == ("none", "")
     assert config.workers == len(os.sched_getaffinity(0))
     assert (str(config.bundle_dir), str(config.socket_dir)) == ("/bundle", "/run/appliance")
-    assert (config.max_body_bytes, config.queue_limit, config.drain_seconds) == (1_048_576, 32, 25)
+    assert (config.max_body_bytes, config.queue_limit, config.drain_seconds) == (8_388_608, 128, 25)
     assert config.hang_seconds == 60
+    assert (config.host, config.port, config.cors_origins) == ("127.0.0.1", None, ())
+
+
+def test_origins_are_separated_by_commas_or_spaces():
+    config = Config.from_environment({"MODEL_CORS_ORIGINS": "https://a.example, https://b.example"})
+    assert config.cors_origins == ("https://a.example", "https://b.example")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +30,7 @@ def test_defaults():
         ("MODEL_WORKERS", "-1"),
         ("MODEL_WORKERS", "\u0662"),
         ("MODEL_QUEUE_LIMIT", "1.5"),
+        ("MODEL_PORT", "70000"),
         ("MODEL_SOCKET_DIR", "/" + "x" * 100),
     ],
 )

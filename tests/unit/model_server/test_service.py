@@ -1,114 +1,20 @@
 """The real processes: started, asked, killed and stopped."""
 
-import http.client
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from bundle_making import ROOT, SHIPPED, write_sums
+from service_process import SECONDS, Connection, Service, in_background, load, running, slow
 
-SECONDS = 60
 NOT_FINITE = "the model has no finite answer for these numbers"
-
-
-class Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(SECONDS)
-        self.sock.connect(str(self._path))
-
-
-class Service:
-    """One running container's worth of processes."""
-
-    def __init__(self, directory: Path, bundle: Path, **settings: object) -> None:
-        self.directory = directory
-        self.log_file = directory / "log"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "service"),
-            "MODEL_COLOUR": "green",
-            "MODEL_RELEASE": "7",
-            "MODEL_WORKERS": "2",
-            "MODEL_BUNDLE_DIR": str(bundle),
-            "MODEL_SOCKET_DIR": str(directory),
-            "TMPDIR": str(directory),
-            **{name: str(value) for name, value in settings.items()},
-        }
-        with open(self.log_file, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "model_server"], env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    def ask(self, name: str, method: str, path: str, body: bytes | None = None, **headers: str):
-        """The status, the headers and the body of an answer."""
-        connection = Connection(self.directory / f"{name}.sock")
-        try:
-            connection.request(method, path, body, {key.replace("_", "-"): value for key, value in headers.items()})
-            response = connection.getresponse()
-            return response.status, response.headers, response.read()
-        finally:
-            connection.close()
-
-    def predict(self, data: object, worker: int = 0, **headers: str):
-        return self.ask(f"worker-{worker}", "POST", "/predict", json.dumps({"data": data}).encode(), **headers)
-
-    def health(self) -> tuple[int, dict]:
-        status, _, body = self.ask("control", "GET", "/health")
-        return status, json.loads(body)
-
-    def metrics(self) -> dict[str, float]:
-        lines = self.ask("control", "GET", "/metrics")[2].decode().splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-    def wait_for(self, condition, what: str) -> None:
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            try:
-                if condition():
-                    return
-            except (OSError, http.client.HTTPException):
-                pass
-            assert self.process.poll() is None, self.log_file.read_text()
-            time.sleep(0.02)
-        raise AssertionError(f"never {what}: {self.log_file.read_text()}")
-
-    def wait_ready(self) -> None:
-        self.wait_for(lambda: self.health()[1]["status"] == "ready", "ready")
-
-    def children(self) -> list[int]:
-        pid = self.process.pid
-        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def logs(self) -> list[dict]:
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
-
-
-@contextmanager
-def running(directory: Path, bundle: Path, **settings: object) -> Iterator[Service]:
-    service = Service(directory, bundle, **settings)
-    try:
-        yield service
-    finally:
-        service.process.kill()
-        service.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +66,7 @@ def test_health(service):
         ("POST", "/predict/", b"{}", 404),
         ("POST", "/x//predict", b"{}", 404),
         ("POST", "/static/x", b"{}", 404),
-        ("GET", "/health", None, 404),
+        ("GET", "/nowhere", None, 404),
         ("GET", "/predict", None, 405),
         ("OPTIONS", "/predict", None, 405),
         ("BREW", "/predict", None, 405),
@@ -212,7 +118,8 @@ def test_log_lines(service):
     assert "0.123456" not in service.log_file.read_text()
     (line,) = [line for line in service.logs() if line.get("request_id") == "logged-once"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
-    assert line.pop("duration_ms") > 0
+    assert line.pop("duration_ms") >= line.pop("model_ms") > 0
+    assert line.pop("queue_ms") >= 0
     assert line == {
         "level": "info",
         "event": "request",
@@ -225,6 +132,7 @@ def test_log_lines(service):
         "method": "POST",
         "path": "/predict",
         "status": 200,
+        "rows": 1,
     }
 
 
@@ -237,14 +145,14 @@ def test_metrics(service):
     def rise(name: str) -> float:
         return after[name] - before.get(name, 0)
 
-    assert rise('predictions_total{status="ok"}') == 3
-    assert rise("prediction_duration_seconds_count") == 1
+    assert rise('predictions_total{model="simplemodel",status="ok"}') == 3
+    assert rise('prediction_duration_seconds_count{model="simplemodel"}') == 1
     assert rise('http_requests_total{code="200",method="POST",path="/predict"}') == 1
     assert rise('http_requests_total{code="404",method="GET",path="other"}') == 1
     assert after["acc_simplemodel"] > 0.8
     assert after['http_requests_total{code="503",method="POST",path="/predict"}'] == 0
     assert not [name for name in after if "pid=" in name or "_created" in name or "/made/up" in name]
-    buckets = re.findall(r'prediction_duration_seconds_bucket\{le="([^"]+)"', "\n".join(after))
+    buckets = re.findall(r'prediction_duration_seconds_bucket\{le="([^"]+)",model="simplemodel"', "\n".join(after))
     bounds = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5]
     assert buckets == [*map(str, bounds), "+Inf"]
 
@@ -270,8 +178,8 @@ def test_killed_processes_come_back_and_counters_stay(short_dir):
             expected = {"wanted": 2, "ready": 2, "restarts": killed}
             service.wait_for(lambda wanted=expected: service.health()[1]["workers"] == wanted, "replaced")
             found = service.metrics()
-            assert found['predictions_total{status="ok"}'] == 10 + 2 * killed
-            assert found["prediction_duration_seconds_count"] == 10 + 2 * killed
+            assert found['predictions_total{model="simplemodel",status="ok"}'] == 10 + 2 * killed
+            assert found['prediction_duration_seconds_count{model="simplemodel"}'] == 10 + 2 * killed
             assert found["model_worker_restarts_total"] == killed
             assert found["model_requests_in_progress"] == 0
             assert not [name for name in found if "pid=" in name]
@@ -279,43 +187,7 @@ def test_killed_processes_come_back_and_counters_stay(short_dir):
 
         os.kill(service.children()[0], signal.SIGKILL)
         service.wait_for(lambda: service.health()[1]["status"] == "ready", "answering again")
-        assert service.metrics()['predictions_total{status="ok"}'] == 16
-
-
-def slow(bundle: Path, seconds: float, width: int = 1) -> None:
-    """Make the model slow where the first number of a row is 9, and its answers ``width`` numbers wide."""
-    source = (bundle / "model.py").read_text()
-    source = source.replace(
-        "return self.layers(rows)",
-        f"import time\n        time.sleep({seconds} if rows[0, 0] == 9 else 0)\n"
-        f"        return self.layers(rows).repeat(1, {width})",
-    )
-    (bundle / "model.py").write_text(source)
-    if width > 1:
-        manifest = (bundle / "manifest.yaml").read_text()
-        (bundle / "manifest.yaml").write_text(manifest.replace("shape: [1]", f"shape: [{width}]"))
-        document = json.loads((bundle / "examples.json").read_text())
-        for example in document["examples"]:
-            output = example["response"]["output"]
-            wide = [[value] * width for value in output] if isinstance(output, list) else [output] * width
-            example["response"]["output"] = wide
-        (bundle / "examples.json").write_text(json.dumps(document))
-    write_sums(bundle)
-
-
-def in_background(count: int, call) -> tuple[list, list[threading.Thread]]:
-    results: list = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            results.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    return results, threads
+        assert service.metrics()['predictions_total{model="simplemodel",status="ok"}'] == 16
 
 
 def test_sigterm_finishes_what_was_accepted(short_dir, bundle_dir):
@@ -385,16 +257,19 @@ def test_full_queue_is_refused_at_once_while_health_answers(short_dir, bundle_di
     slow(bundle_dir, 1.5)
     with running(short_dir, bundle_dir, MODEL_WORKERS=1, MODEL_QUEUE_LIMIT=2) as service:
         service.wait_ready()
-        results, threads = in_background(3, lambda: service.predict([9, 0]))
-        service.wait_for(lambda: service.metrics()["model_requests_in_progress"] == 3, "in progress")
+        # The first must be with the model before the others fill the queue.
+        results, threads = in_background(1, lambda: service.predict([9, 0]))
+        service.wait_for(lambda: load(service) == (1, 0), "with the model")
+        more_results, more_threads = in_background(2, lambda: service.predict([9, 0]))
+        service.wait_for(lambda: load(service) == (3, 2), "queued")
         started = time.monotonic()
         status, headers, body = service.predict([0.2, 0.6])
         assert (status, headers["Retry-After"]) == (503, "1") and json.loads(body).keys() == {"error"}
         assert service.health()[0] == 200
         assert time.monotonic() - started < 1
-        for thread in threads:
+        for thread in (*threads, *more_threads):
             thread.join(SECONDS)
-        assert [result[0] for result in results] == [200] * 3
+        assert [result[0] for result in results + more_results] == [200] * 3
 
 
 def test_model_that_fails_on_a_request(short_dir, bundle_dir):
@@ -410,7 +285,7 @@ def test_model_that_fails_on_a_request(short_dir, bundle_dir):
             status, _, body = service.predict([[number, 0], [0, 0]])
             assert (status, json.loads(body)) == (code, {"error": message})
         assert service.predict([0.2, 0.6])[0] == 200
-        assert service.metrics()['predictions_total{status="error"}'] == 4
+        assert service.metrics()['predictions_total{model="simplemodel",status="error"}'] == 4
         failures = [line for line in service.logs() if line["event"] == "prediction_failed"]
         assert len(failures) == 1 and "secret place" in failures[0]["traceback"]
 

@@ -34,7 +34,7 @@ def test_failing_fork_is_tried_again(tmp_path, monkeypatch):
     path = tmp_path / "worker-0.sock"
     path.touch()
     parent = Supervisor(SimpleNamespace(workers=1), None, None, "", log_to(tmp_path / "log"))
-    slot = supervisor._Slot("worker-0", None, path, lambda: None, worker=0)
+    slot = supervisor._Slot("worker-0", lambda: None, path=path, worker=0)
     slot.backoff.next_delay(1)
     parent._replace(slot)
     parent._replace(slot)
@@ -50,7 +50,7 @@ def test_silent_worker_is_killed_once(tmp_path, monkeypatch):
     killed = []
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
     parent = Supervisor(SimpleNamespace(workers=1, hang_seconds=60), None, None, "", log_to(tmp_path / "log"))
-    parent._slots = [supervisor._Slot("worker-0", None, tmp_path, lambda: None, worker=0, pid=5)]
+    parent._slots = [supervisor._Slot("worker-0", lambda: None, path=tmp_path, worker=0, pid=5)]
     parent._state.beat(0)
     now = supervisor.time.monotonic_ns()
     for seconds, expected in ((65, []), (71, [5]), (72, [5])):

@@ -1,0 +1,240 @@
+"""Batches: which waiting calls the model gets together, and who gets which of its outputs."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from model_server.core import Call, Models, Refusal, Reply
+from model_server.errors import ModelFailed
+from model_server.metrics import Metrics, ModelMetrics
+from model_server.model import Model
+from model_server.payload import BadRequest, UnusableOutput
+
+# A model that is quicker than this at a whole batch runs in the server's loop: handing a call to another thread and
+# back costs more than that, and while the loop runs it, requests gather in the sockets and make the next batch.
+INLINE_SECONDS = 0.002
+# How much slower it may become, on average, before it gets a thread of its own after all.
+_INLINE_PATIENCE = 4.0
+_AVERAGE_WEIGHT = 0.05
+# However many requests may wait, their bodies must not fill the memory.
+_MOST_WAITING_BYTES = 64 << 20
+
+
+class Lane:
+    """The calls that wait for one model. ``limit`` calls may wait; ``inline``: the loop runs it."""
+
+    def __init__(self, model: Model, limit: int, metrics: ModelMetrics) -> None:
+        self.model = model
+        self.limit = limit
+        self.inline = model.batch_seconds < INLINE_SECONDS
+        self.waiting: deque[Call] = deque()
+        self.metrics = metrics
+        self._average = 0.0
+
+    @property
+    def rows(self) -> int:
+        """How many rows wait."""
+        return sum(len(call.rows) for call in self.waiting)
+
+    def take(self) -> list[Call]:
+        """The calls that make the next batch: the oldest, and those behind it that fit and may share a batch."""
+        first = self.waiting.popleft()
+        batch, rows, most = [first], len(first.rows), self.model.max_batch_rows
+        while self.waiting:
+            call = self.waiting[0]
+            rows += len(call.rows)
+            # Tensors and lists take different ways through the model.
+            if rows > most or type(call.rows) is not type(first.rows) or call.wants_tensor is not first.wants_tensor:
+                break
+            batch.append(self.waiting.popleft())
+        return batch
+
+    def note(self, seconds: float) -> None:
+        """Keep an average of what batches take, and leave the loop where that is too much for it."""
+        self._average += (seconds - self._average) * _AVERAGE_WEIGHT
+        if self._average > INLINE_SECONDS * _INLINE_PATIENCE:
+            self.inline = False
+
+
+class Executor:
+    """Runs the models of one worker: quick ones in the server's loop, the others in one thread.
+
+    ``submit``, ``run_inline`` and ``deliver`` belong to the loop's thread; each call's ``finish`` is called there.
+    ``busy`` is called with True and False around each batch, ``wake`` when the thread has something to deliver.
+    """
+
+    def __init__(self, models: Models, limit: int, metrics: Metrics, busy: Callable[[bool], None]) -> None:
+        self._lanes = {
+            model: Lane(model, limit, metrics.of(model.name, model.bundle.output.labels)) for model in models.all
+        }
+        self._metrics = metrics
+        self._busy = busy
+        self.wake: Callable[[], None] = lambda: None
+        self._threaded: deque[Lane] = deque()
+        self._some = threading.Condition()
+        self._done: deque[tuple[Call, Reply | Exception]] = deque()
+        self._started = False
+        self._bytes = 0
+        # Calls that were submitted and aren't finished.
+        self._in_progress = 0
+        self._shown = (0, 0)
+
+    def show_load(self) -> None:
+        """Have scrapes see how many calls are in progress and how many of them wait."""
+        load = (self._in_progress, sum(len(lane.waiting) for lane in self._lanes.values()))
+        if load != self._shown:
+            with self._some:
+                self._shown = load
+                self._metrics.requests_in_progress.set(load[0])
+                self._metrics.queue_depth.set(load[1])
+
+    def submit(self, call: Call) -> None:
+        """Queue a call. Raises Refusal where too many wait already."""
+        lane = self._lanes[call.model]
+        if lane.inline:
+            lane.waiting.append(call)
+            self._in_progress += 1
+            return
+        with self._some:
+            if len(lane.waiting) >= lane.limit or self._bytes + call.size > _MOST_WAITING_BYTES:
+                raise overloaded()
+            lane.waiting.append(call)
+            self._bytes += call.size
+            self._in_progress += 1
+            self._threaded.append(lane)
+            if not self._started:
+                self._started = True
+                threading.Thread(target=self._run, name="model", daemon=True).start()
+            self._some.notify()
+
+    def run_inline(self) -> None:
+        """Run what waits for quick models, to the end."""
+        for lane in self._lanes.values():
+            while lane.waiting and lane.inline:
+                self._busy(True)
+                results = _execute(lane, lane.take())
+                self._busy(False)
+                self._finish(results)
+            if lane.waiting and not lane.inline:
+                self._move_to_thread(lane)
+
+    def deliver(self) -> None:
+        """Finish the calls that the thread is done with."""
+        while self._done:
+            self._finish([self._done.popleft()])
+
+    def _finish(self, results: list[tuple[Call, Reply | Exception]]) -> None:
+        self._in_progress -= len(results)
+        for call, result in results:
+            call.finish(call, result)
+
+    def _gather(self, lane: Lane) -> None:
+        """Wait for more calls where the bundle asks for that, holding the lock but while waiting."""
+        until = lane.waiting[0].received + lane.model.max_delay_seconds
+        while lane.rows < lane.model.max_batch_rows and (left := until - time.perf_counter()) > 0:
+            self._some.wait(left)
+
+    def _move_to_thread(self, lane: Lane) -> None:
+        calls = list(lane.waiting)
+        lane.waiting.clear()
+        self._in_progress -= len(calls)
+        for call in calls:
+            try:
+                self.submit(call)
+            except Refusal as refusal:
+                call.finish(call, refusal)
+
+    def _run(self) -> None:
+        while True:
+            with self._some:
+                while not self._threaded:
+                    self._some.wait()
+                lane = self._threaded.popleft()
+                # Each call has put its lane here once; those of a batch go together.
+                if not lane.waiting:
+                    continue
+                self._gather(lane)
+                batch = lane.take()
+                self._bytes -= sum(call.size for call in batch)
+            self.show_load()
+            self._busy(True)
+            results = _execute(lane, batch)
+            self._busy(False)
+            self._done.extend(results)
+            self.wake()
+
+
+def overloaded() -> Refusal:
+    """What a client is told where the queue is full."""
+    return Refusal(
+        503, "too many requests are waiting; try again", reason="queue_full", headers=(("Retry-After", "1"),)
+    )
+
+
+def _execute(lane: Lane, calls: list[Call]) -> list[tuple[Call, Reply | Exception]]:
+    """Run calls as one batch; what each of them gets. Whatever the model's code raises ends here."""
+    started = time.perf_counter()
+    results: list[tuple[Call, Reply | Exception]] = []
+    ready: list[tuple[Call, Sequence[Any]]] = []
+    model = lane.model
+    for call in calls:
+        call.queue_seconds = started - call.received
+        refusal = _too_late(call, started)
+        if refusal is not None:
+            results.append((call, refusal))
+            continue
+        try:
+            ready.append((call, model.prepare(call.rows)))
+        except Exception as error:
+            results.append((call, _translated(error)))
+    if ready:
+        results += _predict(lane, ready)
+    lane.note(time.perf_counter() - started)
+    return results
+
+
+def _predict(lane: Lane, ready: list[tuple[Call, Sequence[Any]]]) -> list[tuple[Call, Reply | Exception]]:
+    model, started = lane.model, time.perf_counter()
+    wants_tensor = ready[0][0].wants_tensor
+    try:
+        outputs = model.predict([rows for _, rows in ready], wants_tensor)
+        if len(outputs) != len(ready):
+            raise ModelFailed(f"{len(outputs)} answers for {len(ready)} requests")
+    # Also what only a single row is to blame for: the others are tried without it.
+    except BaseException as error:
+        if len(ready) > 1:
+            return [result for one in ready for result in _predict(lane, [one])]
+        ready[0][0].model_seconds = time.perf_counter() - started
+        return [(ready[0][0], _translated(error))]
+    seconds = time.perf_counter() - started
+    lane.metrics.batch(sum(len(rows) for _, rows in ready), seconds)
+    results: list[tuple[Call, Reply | Exception]] = []
+    for (call, _), output in zip(ready, outputs, strict=True):
+        call.model_seconds = seconds
+        try:
+            lane.metrics.outputs(output)
+            results.append((call, call.render(output)))
+        except BaseException as error:
+            results.append((call, _translated(error)))
+    return results
+
+
+def _too_late(call: Call, now: float) -> Refusal | None:
+    if call.is_alive is not None and not call.is_alive():
+        return Refusal(499, "the client is gone", reason="abandoned")
+    deadline = call.deadline
+    if deadline is not None and now > deadline:
+        return Refusal(504, "the request waited for longer than the client wanted", reason="deadline")
+    return None
+
+
+def _translated(error: BaseException) -> Exception:
+    if isinstance(error, Refusal | ModelFailed | UnusableOutput):
+        return error
+    if isinstance(error, BadRequest):
+        return Refusal(400, str(error))
+    failure = ModelFailed(f"the model failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,181 @@
+"""Models whose rows are images: what clients may send, and the tensors that are made of it."""
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+# Pillow would import the parsers of all formats to find this one.
+import PIL.WebPImagePlugin  # noqa: F401
+from PIL import Image
+
+from model_server.payload import BadRequest, Rows, check_count
+
+if TYPE_CHECKING:
+    import torch
+
+# Told apart by their first bytes. Every other format has a parser that nobody needs to be able to reach.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+DEFAULT_MAX_PIXELS = 50_000_000
+# Pillow itself refuses or complains above this.
+MOST_PIXELS = 80_000_000
+
+_ACCEPTED = "an image: JPEG, PNG, WebP, GIF or BMP"
+_DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,")
+_ORIENTATION = 0x0112
+# By the value of the EXIF tag; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MODES = {1: "L", 3: "RGB"}
+
+# About what clients send: nobody who reads the service's log can do anything about it.
+warnings.filterwarnings("ignore", module="PIL")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Images of any size, scaled to ``width`` x ``height`` and normalised: (value from 0 to 1 - mean) / std.
+
+    ``channels`` is 1 (grey) or 3 (red, green, blue); ``mean`` and ``std`` have a number for each. With ``resize`` the
+    shorter side is scaled to that many pixels and the centre cut out; with 0 the whole image is scaled, whatever its
+    proportions. What is transparent becomes white. No image of more than ``max_pixels`` is decoded.
+    """
+
+    width: int
+    height: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int = 0
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    kind = "image"
+    dtype = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that one image becomes."""
+        return (self.channels, self.height, self.width)
+
+    def describe(self) -> str:
+        """For messages."""
+        return _ACCEPTED
+
+    def rows(self, data: Any, max_rows: int) -> Rows:
+        """One image as base64, or a list of 1 to ``max_rows`` of them; the values are bytes. Raises BadRequest."""
+        single = type(data) is str
+        if not single and type(data) is not list:
+            raise BadRequest("data must be an image in base64 or a list of such images")
+        texts = [data] if single else data
+        check_count(len(texts), max_rows)
+        return Rows(
+            [_decoded(text, "data" if single else f"data[{index}]") for index, text in enumerate(texts)], single
+        )
+
+    def prepare(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """A float32 tensor of shape [channels, height, width] for each encoded image. Raises BadRequest.
+
+        A tensor of shape [rows, channels, height, width] is taken to be that already.
+        """
+        if not isinstance(rows, list):
+            return rows
+        return [
+            self._tensor(data, "the image" if len(rows) == 1 else f"image {number} of {len(rows)}")
+            for number, data in enumerate(rows, 1)
+        ]
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of one row."""
+        return {"type": "string", "contentEncoding": "base64", "description": _ACCEPTED[0].upper() + _ACCEPTED[1:]}
+
+    def _tensor(self, data: bytes, where: str) -> "torch.Tensor":
+        image = _on_white(self._fitted(self._read(data, where)), _MODES[self.channels])
+        # Not at the top: processes that decode nothing do without PyTorch.
+        import torch
+
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        values = pixels.view(self.height, self.width, self.channels).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
+        return (values - mean) / std
+
+    def _read(self, data: bytes, where: str) -> Image.Image:
+        """The whole image the right way up: in the mode that the model takes, or in RGBA where it is transparent."""
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            too_large = image.width * image.height > self.max_pixels
+            too_long = self._pixels_between(*image.size) > self.max_pixels
+        except Image.DecompressionBombError:
+            too_large = True
+        # Pillow raises nearly anything for bytes that aren't what they begin like.
+        except Exception:
+            raise BadRequest(f"{where} isn't {_ACCEPTED}") from None
+        if too_large:
+            raise BadRequest(f"{where} has more than {self.max_pixels} pixels")
+        if too_long:
+            raise BadRequest(f"{where} is too long and narrow")
+        try:
+            image.load()
+            return _converted(_upright(image), _MODES[self.channels])
+        except Exception:
+            raise BadRequest(f"{where} is damaged or incomplete") from None
+
+    def _pixels_between(self, width: int, height: int) -> float:
+        """How large an image can become on its way to the right size: a line one pixel wide grows beyond all memory."""
+        side, short = self.resize or max(self.width, self.height), min(width, height)
+        return side * max(width, height) * max(1, side / short)
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        if not self.resize:
+            return image.resize((self.width, self.height), Image.Resampling.BILINEAR)
+        short = min(image.size)
+        width, height = self.resize * image.width // short, self.resize * image.height // short
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = round((width - self.width) / 2), round((height - self.height) / 2)
+        return image.crop((left, top, left + self.width, top + self.height))
+
+
+def _decoded(text: Any, where: str) -> bytes:
+    if type(text) is not str:
+        raise BadRequest(f"{where} must be an image in base64")
+    prefix = _DATA_URL.match(text)
+    try:
+        data = base64.b64decode(text[prefix.end() :] if prefix else text, validate=True)
+    except ValueError:
+        raise BadRequest(f"{where} isn't base64, or has characters such as line breaks in it") from None
+    if not data:
+        raise BadRequest(f"{where} is empty")
+    return data
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = None
+    # An image whose EXIF data are broken is shown as it is by everyone else, too.
+    with suppress(Exception):
+        orientation = image.getexif().get(_ORIENTATION)
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits of grey, which Pillow would cut off at 255 instead of scaling them.
+        return image.convert("I").point(lambda value: value / 256).convert("L").convert(mode)
+    # Kept until the image is small: each step costs as much memory as the image.
+    return image.convert("RGBA" if image.has_transparency_data else mode)
+
+
+def _on_white(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)

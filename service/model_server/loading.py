@@ -1,0 +1,159 @@
+"""Loading models: code, weights, warm-up, self-test."""
+
+import gc
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+# Set before the import: the numbers of threads that the environment asks for have been read by then.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+import torch  # noqa: E402
+
+from model_server import modules, payload, speed  # noqa: E402
+from model_server.bundle import EXAMPLES, Bundle, BundleError, Example  # noqa: E402
+from model_server.core import Models  # noqa: E402
+from model_server.errors import ModelFailed  # noqa: E402
+from model_server.model import Model  # noqa: E402
+
+# Before anything touches weights: a fork after a parallel region of OpenMP hangs in the child for ever.
+torch.set_num_threads(1)
+
+
+def load(bundle: Bundle) -> Models:
+    """Load, warm up and self-test the models, ready to be shared with forked workers. Raises BundleError."""
+    threads_before = _threads()
+    models = []
+    for part in bundle.models:
+        models.append(_explained(part, _load))
+        if _threads() > threads_before:
+            raise BundleError(f"{part.label}: the model's code starts threads; they would be missing in the workers")
+    if len(models) > 1:
+        modules.forget_imports()
+    # What is alive now stays: moved out of the collector's sight, its pages stay shared after the fork.
+    gc.collect()
+    gc.freeze()
+    return Models(models)
+
+
+def load_draft(bundle: Bundle) -> Model:
+    """The model of a bundle that has no examples yet, as it is without ``speed``. Raises BundleError."""
+    return _explained(bundle, _original)
+
+
+def probe(models: Models) -> None:
+    """Predict each model's first example; whether this process can predict at all. Raises ModelFailed."""
+    if torch.get_num_threads() != 1:
+        raise ModelFailed("PyTorch is set to more than one thread, which hangs in a forked process")
+    for model in models.all:
+        rows = _example_rows(model.bundle)[0]
+        model.predict([model.prepare(rows.values)])
+
+
+def to_device(models: Models) -> None:
+    """Move the models that may use a GPU there, if there is one. To be called in a worker: CUDA survives no fork.
+
+    Each worker then has its own copy of the weights in the GPU's memory, and the examples aren't compared again there,
+    but ``probe`` runs one.
+    """
+    for model in models.all:
+        if model.bundle.device == "auto" and torch.cuda.is_available():
+            model.to_device("cuda")
+
+
+def answer(model: Model, rows: payload.Rows) -> Any:
+    """What ``POST /predict`` answers. Raises ModelFailed, BadRequest, UnusableOutput."""
+    [output] = model.predict([model.prepare(rows.values)])
+    return json.loads(payload.render(output, rows.single))
+
+
+def parse_request(bundle: Bundle, request: Any) -> payload.Rows:
+    """The rows of a body of ``POST /predict``. Raises BadRequest."""
+    return payload.parse(json.dumps(request).encode(), bundle.input, bundle.max_rows)
+
+
+def _explained(bundle: Bundle, loading: Callable[[Bundle], Model]) -> Model:
+    modules.make_importable(bundle.directory)
+    try:
+        return loading(bundle)
+    # Of the model's own code too, which may call sys.exit.
+    except (Exception, SystemExit) as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{bundle.label}: the model can't be loaded: {modules.summary(error)}") from error
+
+
+def _load(bundle: Bundle) -> Model:
+    model = _original(bundle)
+    requests = _example_rows(bundle)
+    if bundle.speed.options:
+        model = _faster(model, requests)
+    _warm_up(model, requests)
+    _self_test(model, requests)
+    return model
+
+
+def _original(bundle: Bundle) -> Model:
+    model = Model(modules.build(bundle), bundle)
+    if bundle.input.kind == "bytes" and not hasattr(model.module, "preprocess"):
+        raise BundleError(f"{bundle.label}: input.kind is 'bytes', so the model's class must have a preprocess")
+    return model
+
+
+def _faster(model: Model, requests: list[payload.Rows]) -> Model:
+    bundle = model.bundle
+    try:
+        batches = [model.batch([model.prepare(rows.values)]) for rows in requests]
+    except Exception as error:
+        raise BundleError(f"{bundle.label}: {EXAMPLES}: preparing the examples: {modules.summary(error)}") from error
+    return Model(speed.faster(model.module, bundle, batches), bundle)
+
+
+def _threads() -> int:
+    """Threads of this process, those of libraries included, which Python doesn't know of."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def _example_rows(bundle: Bundle) -> list[payload.Rows]:
+    requests = []
+    for index, example in enumerate(bundle.examples):
+        try:
+            requests.append(parse_request(bundle, example.request))
+        except payload.BadRequest as error:
+            raise BundleError(f"{bundle.label}: {EXAMPLES}: the request of example {index}: {error}") from error
+    return requests
+
+
+def _warm_up(model: Model, requests: list[payload.Rows]) -> None:
+    row = requests[0].values[0]
+    try:
+        for rows in (1, 1, model.max_batch_rows, model.max_batch_rows):
+            prepared = model.prepare([row] * rows)
+            started = time.perf_counter()
+            model.predict([prepared])
+            # The last one counts: the ones before still allocate and choose kernels.
+            model.batch_seconds = time.perf_counter() - started
+    except (ModelFailed, payload.BadRequest) as error:
+        raise BundleError(f"{model.bundle.label}: warming up with {rows} rows: {modules.summary(error)}") from error
+
+
+def _self_test(model: Model, requests: list[payload.Rows]) -> None:
+    bundle = model.bundle
+    for index, (rows, example) in enumerate(zip(requests, bundle.examples, strict=True)):
+        try:
+            got = answer(model, rows)
+        except (ModelFailed, payload.BadRequest, payload.UnusableOutput) as error:
+            raise BundleError(f"{bundle.label}: {EXAMPLES}: example {index}: {error}") from error
+        if not payload.same(example.response, got, example.tolerance):
+            raise BundleError(_mismatch(bundle, index, example, got))
+
+
+def _mismatch(bundle: Bundle, index: int, example: Example, answer: Any) -> str:
+    expected, got = (json.dumps(value)[:200] for value in (example.response, answer))
+    return (
+        f"{bundle.label}: {EXAMPLES}: example {index} doesn't reproduce: "
+        f"expected {expected} within {example.tolerance}, got {got}"
+    )

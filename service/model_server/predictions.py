@@ -1,0 +1,170 @@
+"""Answering the requests that predict, from the server's loop."""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any
+
+from model_server.core import Call, Refusal, Reply, Request, Route, client_seconds, decompressed, too_large
+from model_server.errors import ModelFailed
+from model_server.executor import Executor
+from model_server.logs import Log
+from model_server.metrics import Metrics, Tally
+from model_server.payload import BadRequest, NotFinite, UnusableOutput
+from model_server.web import Channel, Frame
+
+_NOTHING: Mapping[str, str] = {}
+_CLOSE = b"Connection: close\r\n"
+_KEEP_ALIVE = b"Connection: Keep-Alive\r\n"
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+
+class Predictions:
+    """Answers the requests for the routes that predict, all those of one turn of the loop together."""
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        executor: Executor,
+        frame: Frame,
+        metrics: Metrics,
+        log: Log,
+        max_body_bytes: int,
+    ) -> None:
+        self._exact = {(route.method, route.rule): route for route in routes if route.pattern is None}
+        self._patterns = [route for route in routes if route.pattern is not None]
+        self._executor = executor
+        self._frame = frame
+        self._metrics = metrics
+        self._tally = Tally()
+        self._log = log
+        self._lines = log.gather()
+        self._max_body_bytes = max_body_bytes
+        self._second, self._second_text = 0, ""
+        self._static_headers = "".join(f"{name}: {value}\r\n" for name, value in frame.static_headers).encode()
+
+    def __call__(self, channels: list[Channel]) -> list[Channel]:
+        """Begin what is asked on ``channels``, run quick models, finish what is done; the channels for others."""
+        others = []
+        for channel in channels:
+            request = channel.requests[0]
+            found = None if request.error else self._find(request)
+            if found is None:
+                others.append(channel)
+            else:
+                self._begin(channel, request, *found)
+        # Before a run too: a model that hangs in it is then seen at work.
+        self._executor.show_load()
+        self._executor.run_inline()
+        self._executor.deliver()
+        self._executor.show_load()
+        self._tally.flush()
+        self._lines.flush()
+        return others
+
+    def _date(self) -> str:
+        second = int(time.time())
+        if second != self._second:
+            self._second, self._second_text = second, formatdate(second, usegmt=True)
+        return self._second_text
+
+    def _find(self, request: Any) -> tuple[Route, Mapping[str, str]] | None:
+        route = self._exact.get((request.command, request.path))
+        if route is not None:
+            return route, _NOTHING
+        for route in self._patterns:
+            match = route.pattern.fullmatch(request.path)
+            if match is not None and route.method == request.command:
+                return route, match.groupdict()
+        return None
+
+    def _begin(self, channel: Channel, raw: Any, route: Route, groups: Mapping[str, str]) -> None:
+        started = time.perf_counter()
+        request_id = self._frame.request_id(raw.headers.get("X_REQUEST_ID"))
+        try:
+            if raw.content_length > self._max_body_bytes:
+                raise too_large(raw.content_length, self._max_body_bytes)
+            stream = raw.body_rcv
+            body = stream.getfile().read() if stream is not None else b""
+            if len(body) > self._max_body_bytes:
+                raise too_large(len(body), self._max_body_bytes)
+            if "CONTENT_ENCODING" in raw.headers:
+                body = decompressed(body, raw.headers["CONTENT_ENCODING"].strip().lower(), self._max_body_bytes)
+            waits = client_seconds(raw.headers)
+            call = route.begin(Request(raw.command, raw.path, raw.query, raw.headers, body, request_id), groups)
+        except Exception as error:
+            reply = self._as_reply(error, route, request_id)
+            self._reject(None, error)
+            self._answer(channel, raw, route, request_id, started, reply, None)
+            return
+        if call.seconds is None:
+            call.seconds = waits
+        call.received, call.request_id, call.size = started, request_id, len(body)
+        call.context = (channel, raw, route)
+        call.finish = self._finish
+        call.is_alive = functools.partial(getattr, channel, "connected")
+        try:
+            self._executor.submit(call)
+        except Refusal as refusal:
+            self._finish(call, refusal)
+
+    def _finish(self, call: Call, result: Reply | Exception) -> None:
+        channel, raw, route = call.context
+        metrics = self._metrics.of(call.model.name)
+        if isinstance(result, Reply):
+            reply = result
+            self._tally.count(metrics.ok, len(call.rows))
+            seconds = time.perf_counter() - call.received
+            self._tally.observe(metrics.request_duration, seconds)
+            self._tally.observe(metrics.queue_wait, call.queue_seconds)
+            self._tally.observe(metrics.handler_duration, max(0.0, seconds - call.queue_seconds - call.model_seconds))
+        else:
+            reply = self._as_reply(result, route, call.request_id)
+            self._reject(call, result)
+        self._answer(channel, raw, route, call.request_id, call.received, reply, call)
+
+    def _reject(self, call: Call | None, error: Exception) -> None:
+        # A request that names no model is the first one's.
+        metrics = self._metrics.of(call.model.name if call is not None else self._frame.model)
+        if isinstance(error, Refusal):
+            self._tally.count(metrics.rejected.get(error.reason, metrics.rejected["invalid"]))
+        elif call is not None:
+            self._tally.count(metrics.error, len(call.rows))
+
+    def _as_reply(self, error: Exception, route: Route, request_id: str) -> Reply:
+        # A request that fits, but for which the model has no answer that JSON can hold, is the client's to change too.
+        if isinstance(error, BadRequest | NotFinite):
+            error = Refusal(400, str(error))
+        if isinstance(error, Refusal):
+            return Reply(route.error(error.status, error.message), error.status, headers=error.headers)
+        if isinstance(error, ModelFailed | UnusableOutput):
+            self._log.error("prediction_failed", str(error), error, request_id=request_id)
+            return Reply(route.error(500, "the model failed on this request"), 500)
+        self._log.error("internal_error", "the service itself failed", error, request_id=request_id)
+        return Reply(route.error(500, "internal error"), 500)
+
+    def _answer(
+        self,
+        channel: Channel,
+        raw: Any,
+        route: Route,
+        request_id: str,
+        started: float,
+        reply: Reply,
+        call: Call | None,
+    ) -> None:
+        close = raw.connection_close or channel.server.draining
+        # An HTTP/1.0 client that asked to keep the connection has to be told that it may.
+        connection = _CLOSE if close else _KEEP_ALIVE if raw.version == "1.0" else b""
+        head = (
+            f"HTTP/1.1 {reply.status} {_PHRASES.get(reply.status, 'Error')}\r\nContent-Type: {reply.content_type}\r\n"
+            f"Content-Length: {len(reply.body)}\r\nDate: {self._date()}\r\nX-Request-ID: {request_id}\r\n"
+        ).encode("latin-1")
+        origin = raw.headers.get("ORIGIN")
+        for name, value in (*reply.headers, *(self._frame.cors_headers(origin) if origin else ())):
+            head += f"{name}: {value}\r\n".encode("latin-1")
+        channel.answer(b"".join((head, self._static_headers, connection, b"\r\n", reply.body)), close)
+        self._tally.count(self._metrics.request_child(raw.command, route.rule, reply.status))
+        self._frame.note(self._lines, request_id, raw.command, raw.path, reply.status, started, call)
