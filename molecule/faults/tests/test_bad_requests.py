@@ -30,7 +30,7 @@ CASES = {
     "half a path": ("POST", "/test", b"{}", 404),
     "wrong method": ("GET", "/predict", None, 405),
     "odd method": ("DELETE", "/predict", None, 405),
-    "too large": ("POST", "/predict", b" " * 1_100_000, 413),
+    "too large": ("POST", "/predict", b" " * 9_000_000, 413),
     "too long an address": ("GET", "/" + "x" * 20000, None, 414),
 }
 
@@ -73,7 +73,7 @@ def test_broken_http_gets_json_too(edge, raw):
 
 
 def test_an_error_of_nginx_is_logged_as_what_was_asked(host, edge):
-    edge.request("POST", "/test/predict", b" " * 1_100_000, {"X-Request-ID": "too-large-for-test"})
+    edge.request("POST", "/test/predict", b" " * 9_000_000, {"X-Request-ID": "too-large-for-test"})
     lines = host.file("/var/log/nginx/test_access.log").content_string.splitlines()
     entry = next(json.loads(line) for line in lines if "too-large-for-test" in line)
     assert (entry["environment"], entry["method"], entry["path"]) == ("test", "POST", "/test/predict")
