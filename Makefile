@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help up status swap rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
-  load bench lock
+  load bench bundle lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ load: environment ## twenty swaps under load against the lab that `make up` made
 
 bench: environment ## measure the lab that `make up` made, and write docs/benchmarks.md; BENCH=--help tells more
 	python benchmarks/run.py $(BENCH)
+
+bundle: environment ## make and check bundles: make bundle ARGS="check bundles/simplemodel/1.0.0"; ARGS=--help tells more
+	@PYTHONPATH=service python -m model_server.bundle_tool $(ARGS)
 
 lock: ## write the hash-locked requirements anew
 	requirements/lock

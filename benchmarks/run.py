@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,11 +18,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "load"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "load")]
 
 from swap_client import DEFAULT_BODY, DEFAULT_URL, Settings, Summary, loopback_address, percentile  # noqa: E402
 from swap_runs import (  # noqa: E402
@@ -39,6 +35,9 @@ from swap_runs import (  # noqa: E402
     settled_status,
     write_report,
 )
+
+from benchmarks import report  # noqa: E402
+from benchmarks.report import BenchError, Row, machine, read_rows, section, table, write_figures  # noqa: E402
 
 BEGIN_MARK = "<!-- bench:begin, written by `make bench` -->"
 END_MARK = "<!-- bench:end -->"
@@ -56,31 +55,6 @@ CLONE_ENVIRONMENT = {
     "LAB_GRAFANA_PORT": "13000",
     "LAB_SSH_PORT": "12222",
 }
-
-
-class BenchError(Exception):
-    """A benchmark that could not be measured; the message says why."""
-
-
-@dataclass(slots=True)
-class Row:
-    """One figure. `value` and `bar` are in `unit`; the bar is met at or below it; without a bar there's no verdict."""
-
-    benchmark: str
-    figure: str
-    value: float
-    unit: str
-    bar: float | None
-    note: str
-    command: str
-    runs: str
-    date: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.bar is None:
-            return "-"
-        return "PASS" if self.value <= self.bar else "MISS"
 
 
 def measure_provision(given: argparse.Namespace) -> list[Row]:
@@ -267,25 +241,6 @@ def load_settings(given: argparse.Namespace) -> Settings:
     )
 
 
-def machine() -> dict[str, str]:
-    """What the figures were measured on, for people to read; memory in GiB."""
-    processor = next((v for k, v in _pairs("/proc/cpuinfo") if k == "model name"), platform.machine())
-    memory_kib = next((int(v.split()[0]) for k, v in _pairs("/proc/meminfo") if k == "MemTotal"), 0)
-    debian = Path("/etc/debian_version")
-    return {
-        "CPU": processor,
-        "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{memory_kib / 2**20:.1f} GiB",
-        "kernel": platform.release(),
-        "Debian of the controller": debian.read_text().strip() if debian.exists() else "not Debian",
-    }
-
-
-def _pairs(path: str) -> list[tuple[str, str]]:
-    lines = Path(path).read_text().splitlines()
-    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
-
-
 def host_facts(given: argparse.Namespace) -> dict[str, str]:
     """Debian's and nginx's versions on the host; without a host, nothing."""
     script = "cat /etc/debian_version; nginx -v 2>&1; docker --version"
@@ -296,59 +251,14 @@ def host_facts(given: argparse.Namespace) -> dict[str, str]:
     return dict(zip(("Debian of the host", "nginx", "Docker"), (line.strip() for line in lines), strict=False))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, which reads well on a terminal too."""
-    cells = [("figure", "value", "bar", "", "note", "runs", "date")]
-    for row in rows:
-        bar = "-" if row.bar is None else f"<= {number(row.bar)} {row.unit}"
-        value = f"{number(row.value)} {row.unit}"
-        cells.append((row.figure, value, bar, row.verdict, row.note, row.runs, row.date))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def number(value: float) -> str:
-    return str(int(value)) if float(value).is_integer() else f"{value:.1f}"
-
-
 def merge(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """New rows in place of the same benchmark's earlier ones; benchmarks that weren't run keep theirs, dated."""
-    measured = {row.benchmark for row in new}
-    kept = [row for row in earlier if row.benchmark not in measured]
-    order = list(BENCHMARKS)
-    return sorted([*kept, *new], key=lambda row: order.index(row.benchmark))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of an earlier `bench.json`; none where there's none or it's of another shape."""
-    try:
-        entries = json.loads(path.read_text())["rows"]
-        rows = [Row(**{k: v for k, v in entry.items() if k != "verdict"}) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [row for row in rows if row.benchmark in BENCHMARKS]
+    """Earlier rows with new ones in their place, in this program's order."""
+    return report.merge(earlier, new, list(BENCHMARKS))
 
 
 def with_section(text: str, section: str) -> str:
-    """A document with the part between the marks replaced, or put at its end where it has no marks yet."""
-    block = f"{BEGIN_MARK}\n\n{section}\n\n{END_MARK}"
-    begin, end = text.find(BEGIN_MARK), text.find(END_MARK)
-    if begin < 0 and end < 0:
-        return f"{text.rstrip() or '# Benchmarks'}\n\n{block}\n"
-    if begin < 0 or end < begin:
-        raise BenchError("docs/benchmarks.md has one of its two marks only, or in the wrong order")
-    return text[:begin] + block + text[end + len(END_MARK) :]
-
-
-def section(rows: Sequence[Row], where: Mapping[str, str], command: str) -> str:
-    """The generated part of the document."""
-    facts = "; ".join(f"{name}: {value}" for name, value in where.items())
-    commands = "\n".join(f"- {name}: `{text}`" for name, text in dict.fromkeys((r.benchmark, r.command) for r in rows))
-    return f"Measured by `{command}` on: {facts}.\n\n{table(rows)}\n\nWhat was timed:\n\n{commands}"
+    """The document with this program's part replaced."""
+    return report.with_section(text, section, (BEGIN_MARK, END_MARK))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -420,14 +330,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failed:
         return 2
     return 1 if any(row.verdict == "MISS" for row in new) else 0
-
-
-def write_figures(path: Path, rows: Sequence[Row], where: Mapping[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = [{**asdict(row), "verdict": row.verdict} for row in rows]
-    partial = path.with_suffix(".new")
-    partial.write_text(json.dumps({"machine": dict(where), "rows": entries}, indent=2, ensure_ascii=False) + "\n")
-    shutil.move(partial, path)
 
 
 if __name__ == "__main__":
