@@ -1,18 +1,20 @@
 # The two commands are `make up` and `make test`; `make help` lists the rest.
 # Variables: LAB_NAME, LAB_SUITE (trixie, bookworm), LAB_EDGE_PORT, LAB_PROMETHEUS_PORT,
 #            LAB_GRAFANA_PORT, LAB_SSH_PORT,
-#            LAB_DEBIAN_MIRROR, LAB_GRAFANA_REPOSITORY. Example: make up LAB_EDGE_PORT=8081
+#            LAB_DEBIAN_MIRROR, LAB_GRAFANA_REPOSITORY; BUNDLE, PORT. Example: make up LAB_EDGE_PORT=8081
 SHELL := /bin/bash
 PYTHON ?= python3
+BUNDLE ?= bundles/simplemodel/1.0.0
+PORT ?= 8000
 LAB := $(PYTHON) -m lab
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help up status swap rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
-  load bench bundle lock
+  load bench bench-appliance bench-service serve bundle lock
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 up: ## create the lab, provision it with playbooks/site.yml, and send a prediction
 	@$(LAB) up
@@ -69,8 +71,20 @@ endef
 load: environment ## twenty swaps under load against the lab that `make up` made
 	pytest tests/load
 
-bench: environment ## measure the lab that `make up` made, and write docs/benchmarks.md; BENCH=--help tells more
-	python benchmarks/run.py $(BENCH)
+bench: environment ## measure everything, and write docs/benchmarks.md; needs `make up`, wrk, ab and an idle machine
+	@status=0; \
+	python benchmarks/appliance.py || status=$$?; \
+	python benchmarks/service.py || status=$$?; \
+	exit $$status
+
+bench-appliance: environment ## measure the lab that `make up` made; BENCH=--help tells more
+	python benchmarks/appliance.py $(BENCH)
+
+bench-service: environment ## measure the model service beside its peers; BENCH=--help tells more
+	python benchmarks/service.py $(BENCH)
+
+serve: environment ## serve a bundle on this machine without Docker: make serve BUNDLE=bundles/digits/1.0.0 PORT=8000
+	@PYTHONPATH=service python -m model_server.serve $(BUNDLE) --port $(PORT)
 
 bundle: environment ## make and check bundles: make bundle ARGS="check bundles/simplemodel/1.0.0"; ARGS=--help tells more
 	@PYTHONPATH=service python -m model_server.bundle_tool $(ARGS)

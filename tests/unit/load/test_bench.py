@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[3] / "benchmarks" / "run.py"
-SPECIFICATION = importlib.util.spec_from_file_location("bench_run", PATH)
+PATH = Path(__file__).resolve().parents[3] / "benchmarks" / "appliance.py"
+SPECIFICATION = importlib.util.spec_from_file_location("bench_appliance", PATH)
 bench = importlib.util.module_from_spec(SPECIFICATION)
-sys.modules["bench_run"] = bench
+sys.modules["bench_appliance"] = bench
 SPECIFICATION.loader.exec_module(bench)
 
 RECAP = """
