@@ -309,6 +309,18 @@ def test_what_is_no_archive(tmp_path, capsys):
     assert "no model archive" in refused(tmp_path / "y.mar", capsys)
 
 
+def test_damaged_archives(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "net.mar", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("MAR-INF/MANIFEST.json", json.dumps(MANIFEST))
+        file.writestr("ü.txt", b"abc" * 1000)
+    whole = (tmp_path / "net.mar").read_bytes()
+    start = whole.find("ü.txt".encode()) + len("ü.txt".encode())
+    (tmp_path / "net.mar").write_bytes(whole[:start] + b"\xff" * 8 + whole[start + 8 :])
+    assert "net.mar can't be unpacked" in refused(tmp_path / "net.mar", capsys)
+    (tmp_path / "net.mar").write_bytes(whole.replace("ü".encode(), b"\xff\xfe"))
+    assert "net.mar can't be unpacked" in refused(tmp_path / "net.mar", capsys)
+
+
 def test_context_refuses_what_it_cannot_do(archived, capsys):
     code = "def handle(data, context):\n    context.set_response_status(404)\n    return data\n"
     assert "a handler can't set the status" in refused(

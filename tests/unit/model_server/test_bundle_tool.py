@@ -46,6 +46,19 @@ def test_it_is_a_program(bundle_dir):
     assert subprocess.run([*command, "chekc"], env=environment, capture_output=True).returncode == 2
 
 
+def test_files_beside_the_bundle_dont_count(bundle_dir, tmp_path):
+    with open(bundle_dir / "model.py", "a") as file:
+        file.write("\nimport helper\n")
+    (tmp_path / "helper.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "service")}
+    command = [sys.executable, "-m", "model_server.bundle_tool"]
+    for name in ("sums", "check"):
+        done = subprocess.run(
+            [*command, name, bundle_dir], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    assert done.returncode == 1 and "No module named 'helper'" in done.stderr
+
+
 def test_init_makes_what_the_host_takes(tool, tmp_path):
     target = tmp_path / "churn" / "2.0"
     status, text = tool(
@@ -141,6 +154,15 @@ def test_sums_after_a_change(tool, bundle_dir):
     assert tool("check", bundle_dir)[0] == 1
     assert tool("sums", bundle_dir)[0] == 0
     assert tool("check", bundle_dir)[0] == 0
+
+
+@pytest.mark.parametrize("text", ["models: [", "models: 5", "models: [[one]]", "models: [../one]"])
+def test_sums_of_a_wrong_manifest(tool, bundle_dir, text):
+    (bundle_dir / "manifest.yaml").write_text(text)
+    assert tool("sums", bundle_dir)[0] == 0
+    status, text = tool("check", bundle_dir)
+    assert status == 1 and "manifest.yaml" in text
+    assert not list(bundle_dir.parent.glob("SHA256SUMS"))
 
 
 def test_record_adds_what_the_model_answers(tool, bundle_dir, tmp_path):

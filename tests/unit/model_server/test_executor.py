@@ -167,6 +167,56 @@ def test_bodies_that_wait_are_bounded_too(monkeypatch):
     harness.run_until(3)
 
 
+def test_a_body_that_waits_alone_may_be_of_any_size(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_WAITING_BYTES", 100)
+    harness = Harness(FakeModel(batch_seconds=1.0))
+    harness.submit("large", [1], size=1000)
+    harness.run_until(1)
+    assert isinstance(harness.results["large"], Reply)
+
+
+def test_those_who_gave_up_leave_their_places():
+    model = FakeModel(batch_seconds=1.0)
+    harness = Harness(model, limit=2)
+    model.hold.clear()
+    harness.submit("running", [1])
+    while not model.batches:
+        time.sleep(0.001)
+    harness.submit("late", [2], seconds=0.001, size=module._MOST_WAITING_BYTES // 2)
+    harness.submit("gone", [3], is_alive=lambda: False, size=module._MOST_WAITING_BYTES // 2)
+    time.sleep(0.01)
+    for key in ("a", "b"):
+        harness.submit(key, [4], size=module._MOST_WAITING_BYTES // 2)
+    harness.submit("refused", [5])
+    harness.run_until(3)
+    assert [harness.results[key].reason for key in ("late", "gone", "refused")] == [
+        "deadline",
+        "abandoned",
+        "queue_full",
+    ]
+    model.hold.set()
+    harness.run_until(6)
+    assert all(isinstance(harness.results[key], Reply) for key in ("running", "a", "b"))
+
+
+@pytest.mark.parametrize("batch_seconds", [0.0, 1.0], ids=["in the loop", "in a thread"])
+def test_rows_that_take_long_to_prepare_hold_up_nobody(monkeypatch, batch_seconds):
+    monkeypatch.setattr(module, "_PREPARE_SECONDS", 0.02)
+    monkeypatch.setattr(module, "INLINE_SECONDS", 1.0 if batch_seconds == 0.0 else 0.0)
+    model = FakeModel(batch_seconds)
+    prepare = model.prepare
+    model.prepare = lambda rows: (time.sleep(0.05 if 3 in rows else 0), prepare(rows))[1]
+    harness = Harness(model)
+    model.hold.clear() if batch_seconds else None
+    for key, row in enumerate([1, 3, 2, 3, 2]):
+        harness.submit(key, [row])
+    model.hold.set()
+    harness.run_until(5)
+    for key, row in enumerate([1, 3, 2, 3, 2]):
+        assert harness.results[key].body == repr([row * row]).encode()
+    assert max(sum(part == [3] for part in parts) for _, parts in model.batches) == 1
+
+
 def test_those_who_gave_up_are_not_computed():
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model)
@@ -194,6 +244,16 @@ def test_a_bundle_may_ask_to_wait_for_a_fuller_batch():
         time.sleep(0.01)
     harness.run_until(3)
     assert model.batches == [(False, [[0], [1], [2]])]
+
+
+def test_waiting_for_a_fuller_batch_leaves_time_for_the_prediction():
+    model = FakeModel(batch_seconds=1.0)
+    model.max_delay_seconds = SECONDS
+    harness = Harness(model)
+    harness.submit("patient", [1])
+    harness.submit("hasty", [2], seconds=1.0)
+    harness.run_until(2)
+    assert all(isinstance(result, Reply) for result in harness.results.values())
 
 
 def test_a_model_that_becomes_slow_leaves_the_loop(monkeypatch):

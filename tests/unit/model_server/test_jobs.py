@@ -5,13 +5,16 @@ import fcntl
 import sqlite3
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from model_server import jobs
 from model_server.config import Config, ConfigError, JobsConfig
 from model_server.core import Refusal
+from model_server.jobs.consumer import _Consumer
 from model_server.jobs.queue import Queue
 from model_server.jobs.store import STATUSES, Store
+from model_server.logs import Log
 
 VERSIONS = {"m": "2"}
 BODY = b'{"data": [1, 2]}'
@@ -268,6 +271,20 @@ def test_an_adopted_job_that_has_died_too_often_fails(store, config):
     sql(config, "update jobs set submitted = submitted - 121")
     [failed] = store.adopt("green", ["m"], 120)[1]
     assert (failed.id, failed.status) == (job.id, "failed")
+
+
+def test_adopted_jobs_run_in_their_turn_though_others_wait(store, config, tmp_path):
+    adopted, own = submit(store), submit(store, "green")
+    sql(config, "update jobs set submitted = submitted - 121 where id = ?", adopted.id)
+    ran: list[str] = []
+    queue = Queue(config, "green", ran.append)
+    queue.put(own.id)
+    settings = Config.from_environment({"MODEL_COLOUR": "green", "MODEL_JOBS_DIR": str(tmp_path)})
+    models = SimpleNamespace(all=[SimpleNamespace(name="m", version="2")])
+    _Consumer(models, settings, metrics=None, log=Log(colour="green", release="")).turn()
+    while (task := queue.take()) is not None:
+        task.execute()
+    assert ran == [adopted.id, own.id]
 
 
 def test_position_and_estimate(store):

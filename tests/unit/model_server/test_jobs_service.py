@@ -116,6 +116,8 @@ def test_a_model_is_named_in_the_path(client):
         ("GET", "/v1/jobs?status=lost", None, {}, 400),
         ("GET", "/v1/jobs?limit=0", None, {}, 400),
         ("GET", "/v1/jobs?limit=1001", None, {}, 400),
+        ("GET", "/v1/jobs?limit=0000001000", None, {}, 400),
+        ("GET", "/v1/jobs?limit=000000100" + "9" * 30, None, {}, 400),
         ("GET", "/v1/jobs?after=unknown", None, {}, 404),
         ("DELETE", "/v1/jobs", None, {}, 405),
     ],

@@ -225,6 +225,14 @@ def test_several_models(collection):
     assert twice == pytest.approx(2 * once)
 
 
+def test_imports_that_would_fail_in_the_workers(collection):
+    path = collection / "two" / "model.py"
+    code = path.read_text().replace("from scale import FACTOR\n", "")
+    path.write_text(code.replace("return self", "from scale import FACTOR\n        return self"))
+    write_sums_of_all(collection)
+    rejected(collection, "bundle two 1.0.0", "No module named 'scale'", "at the top")
+
+
 def test_rollout_engine_takes_several_models(collection, tmp_path):
     directory = tmp_path / "bundles" / "both" / "2.0"
     shutil.copytree(collection, directory)
