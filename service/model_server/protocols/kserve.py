@@ -6,7 +6,15 @@ import flask
 
 from model_server import payload
 from model_server.core import Call, Models, Reply, Request, Route
-from model_server.protocols.operations import Operation, json_content, list_of, record, row_schema, value_schema
+from model_server.protocols.operations import (
+    Operation,
+    example_of,
+    json_content,
+    list_of,
+    record,
+    row_schema,
+    value_schema,
+)
 from model_server.web import json_response
 
 _TAG = "KServe"
@@ -44,8 +52,11 @@ def operations(models: Models) -> list[Operation]:
     """Of these routes."""
     found = []
     for model in models.all:
-        body = json_content(record(instances=list_of(row_schema(model), model)))
-        answer = json_content(record(predictions=list_of(value_schema(model), model)))
+        rows, values = example_of(model)
+        if model.bundle.input.rows(rows, model.bundle.max_rows).single:
+            rows, values = [rows], [values]
+        body = json_content(record(instances=list_of(row_schema(model), model)), {"instances": rows})
+        answer = json_content(record(predictions=list_of(value_schema(model), model)), {"predictions": values})
         status = json_content(record(name={"type": "string"}, ready={"type": "boolean"}))
         path, summary = f"/v1/models/{model.name}", f"Predict with {model.name}"
         found += [

@@ -1,6 +1,7 @@
 """``GET /openapi.json``: what this colour serves, each model's routes with its own schemas and examples."""
 
 import json
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -89,7 +90,8 @@ def _described(operation: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {
         "tags": [operation.tag],
         "summary": operation.summary,
-        "operationId": f"{operation.method} {operation.path}",
+        # The page's link to an operation has this name in it, and works only where nothing in it is escaped.
+        "operationId": re.sub(r"[^A-Za-z0-9.-]", "_", operation.method.lower() + operation.path),
         "responses": responses,
     }
     if operation.predicts:

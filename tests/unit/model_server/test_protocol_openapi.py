@@ -89,7 +89,7 @@ def test_every_route_is_in_the_document_and_nothing_else():
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     rules = [(route.method, route.rule) for route in protocols.prediction_routes(models)]
     for method, rule in rules:
-        app.add_url_rule(rule, rule, lambda **_: "", methods=[method])
+        app.add_url_rule(rule, f"{method} {rule}", lambda **_: "", methods=[method])
     for blueprint in protocols.blueprints(models, SimpleNamespace(), lambda: True):
         app.register_blueprint(blueprint)
         if blueprint.name in ("docs", "openapi"):
