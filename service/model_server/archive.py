@@ -104,11 +104,14 @@ def unpack(path: Path, directory: Path) -> Archive:
                 target = directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 room = _copy(path, file, entry, target, room)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, IsADirectoryError) as error:
         raise BundleError(
             f"{path.name} isn't a zip file ({error}); make it with torch-model-archiver --archive-format default"
         ) from None
-    except (OSError, RuntimeError, NotImplementedError, EOFError) as error:
+    except BundleError:
+        raise
+    # zipfile raises nearly anything where an archive is damaged: zlib.error, UnicodeDecodeError, RuntimeError.
+    except Exception as error:
         raise BundleError(f"{path} can't be unpacked: {error}") from error
     manifest = (directory / _ARCHIVE_MANIFEST).read_bytes()
     # What it says is in the bundle's own manifest afterwards.

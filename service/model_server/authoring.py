@@ -106,9 +106,10 @@ def request_of(bundle: Bundle, body: bytes) -> Any:
 
 def write_sums(directory: Path) -> int:
     """Write SHA256SUMS; how many files it lists. In a bundle of several models, also each model's own."""
-    manifest = yaml.safe_load((directory / MANIFEST).read_bytes()) if (directory / MANIFEST).is_file() else None
-    for name in (manifest.get("models") or ()) if isinstance(manifest, dict) else ():
-        write_sums(directory / str(name))
+    listed = _listed_models(directory)
+    for part in directory.iterdir():
+        if part.is_dir() and part.name in listed:
+            write_sums(part)
     files = sorted(path for path in directory.rglob("*") if not path.is_dir() and path != directory / CHECKSUMS)
     lines = []
     for path in files:
@@ -118,6 +119,16 @@ def write_sums(directory: Path) -> int:
             )
     _replace(directory / CHECKSUMS, "".join(lines))
     return len(lines)
+
+
+def _listed_models(directory: Path) -> list[Any]:
+    """What the manifest lists as models. Whether that is right is for ``check`` to say."""
+    try:
+        listed = yaml.safe_load((directory / MANIFEST).read_bytes())["models"]
+    # No manifest, no such field, or anything that PyYAML raises.
+    except Exception:
+        return []
+    return listed if isinstance(listed, list) else []
 
 
 def only_class(path: Path, name: str | None) -> str:

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
         return 1
     return 0
 
@@ -126,7 +127,7 @@ def _import(given: argparse.Namespace) -> None:
 def _chosen_fields(given: argparse.Namespace) -> dict[str, Any]:
     """The manifest's fields that options have set."""
     fields: dict[str, Any] = {}
-    for key in ("name", "version", "description", "output"):
+    for key in ("name", "version", "description"):
         if getattr(given, key) is not None:
             fields[key] = getattr(given, key)
     if given.input_shape is not None:
@@ -135,6 +136,8 @@ def _chosen_fields(given: argparse.Namespace) -> dict[str, Any]:
             fields["input"]["features"] = given.features.split(",")
     elif given.input is not None:
         fields["input"] = given.input
+    if given.output is not None:
+        fields["output"] = given.output
     if given.max_rows is not None:
         fields["batching"] = {"max_rows": given.max_rows}
     return fields
@@ -234,10 +237,11 @@ def _add_shared(parser: argparse.ArgumentParser, arguments: Any) -> None:
     parser.add_argument(
         "--arguments", type=_mapping, default=arguments, metavar="YAML", help="what the class is made with: {hidden: 4}"
     )
-    parser.add_argument("--input-shape", type=_shape, metavar="N,N,…", help="shape of one row, for example 3,224,224")
+    row = parser.add_mutually_exclusive_group()
+    row.add_argument("--input-shape", type=_shape, metavar="N,N,…", help="shape of one row, for example 3,224,224")
+    row.add_argument("--input", type=_mapping, metavar="YAML", help="instead: the manifest's whole input")
     parser.add_argument("--input-dtype", default="float32", metavar="TYPE", help="type of its numbers (%(default)s)")
     parser.add_argument("--features", metavar="A,B,…", help="names along the last dimension")
-    parser.add_argument("--input", type=_mapping, metavar="YAML", help="instead: the manifest's whole input")
     parser.add_argument("--output", type=_mapping, metavar="YAML", help="the manifest's output; by default found out")
     parser.add_argument("--max-rows", type=int, metavar="N", help="rows accepted in one request (64)")
     parser.add_argument(
@@ -275,4 +279,7 @@ def _mapping(text: str) -> dict[str, Any]:
 if __name__ == "__main__":
     # As in the service: threads of PyTorch's would be counted as the model's.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # And what a model imports must be in its bundle, not in the directory that this was started in.
+    if not sys.flags.safe_path:
+        del sys.path[0]
     sys.exit(main())

@@ -1,5 +1,6 @@
 """Batches: which waiting calls the model gets together, and who gets which of its outputs."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -20,6 +21,10 @@ _INLINE_PATIENCE = 4.0
 _AVERAGE_WEIGHT = 0.05
 # However many requests may wait, their bodies must not fill the memory.
 _MOST_WAITING_BYTES = 64 << 20
+# Rows that take long to prepare, such as large images, don't hold up those that are ready: they make the next batch.
+_PREPARE_SECONDS = 0.1
+# How often a full queue is searched for those who gave up: each search costs as much as a refusal.
+_SEARCH_SECONDS = 0.1
 
 
 class Lane:
@@ -32,11 +37,19 @@ class Lane:
         self.waiting: deque[Call] = deque()
         self.metrics = metrics
         self._average = 0.0
+        self._searched = -math.inf
 
     @property
     def rows(self) -> int:
         """How many rows wait."""
         return sum(len(call.rows) for call in self.waiting)
+
+    @property
+    def departure(self) -> float:
+        """When the next batch is to begin at the latest, of ``time.perf_counter``; something must wait."""
+        # Waiting for company must not use up the time of those who have little.
+        delay = self.model.max_delay_seconds
+        return min(call.received + min(delay, (call.seconds or math.inf) / 2) for call in self.waiting)
 
     def take(self) -> list[Call]:
         """The calls that make the next batch: the oldest, and those behind it that fit and may share a batch."""
@@ -51,6 +64,18 @@ class Lane:
             batch.append(self.waiting.popleft())
         return batch
 
+    def take_hopeless(self) -> list[tuple[Call, Reply | Exception]]:
+        """Those who wait and will get no answer, as they are gone or too late; they leave their places to others."""
+        now = time.perf_counter()
+        if now - self._searched < _SEARCH_SECONDS:
+            return []
+        self._searched = now
+        hopeless = [(call, refusal) for call in self.waiting if (refusal := _too_late(call, now)) is not None]
+        if hopeless:
+            gone = {call for call, _ in hopeless}
+            self.waiting = deque(call for call in self.waiting if call not in gone)
+        return hopeless
+
     def note(self, seconds: float) -> None:
         """Keep an average of what batches take, and leave the loop where that is too much for it."""
         self._average += (seconds - self._average) * _AVERAGE_WEIGHT
@@ -62,13 +87,15 @@ class Executor:
     """Runs the models of one worker: quick ones in the server's loop, the others in one thread.
 
     ``submit``, ``run_inline`` and ``deliver`` belong to the loop's thread; each call's ``finish`` is called there.
-    ``busy`` is called with True and False around each batch, ``wake`` when the thread has something to deliver.
+    ``names`` are the models'. ``busy`` is called with True and False around each batch, ``wake`` when the thread has
+    something to deliver.
     """
 
     def __init__(self, models: Models, limit: int, metrics: Metrics, busy: Callable[[bool], None]) -> None:
         self._lanes = {
             model: Lane(model, limit, metrics.of(model.name, model.bundle.output.labels)) for model in models.all
         }
+        self.names = frozenset(model.name for model in models.all)
         self._metrics = metrics
         self._busy = busy
         self.wake: Callable[[], None] = lambda: None
@@ -98,8 +125,10 @@ class Executor:
             self._in_progress += 1
             return
         with self._some:
-            if len(lane.waiting) >= lane.limit or self._bytes + call.size > _MOST_WAITING_BYTES:
-                raise overloaded()
+            if self._is_full(lane, call):
+                self._drop(lane.take_hopeless())
+                if self._is_full(lane, call):
+                    raise overloaded()
             lane.waiting.append(call)
             self._bytes += call.size
             self._in_progress += 1
@@ -112,12 +141,16 @@ class Executor:
     def run_inline(self) -> None:
         """Run what waits for quick models, to the end."""
         for lane in self._lanes.values():
+            # What waits for a slow model is for the thread alone to take.
+            if not lane.inline:
+                continue
             while lane.waiting and lane.inline:
                 self._busy(True)
-                results = _execute(lane, lane.take())
+                results, left = _execute(lane, lane.take())
                 self._busy(False)
+                lane.waiting.extendleft(reversed(left))
                 self._finish(results)
-            if lane.waiting and not lane.inline:
+            if not lane.inline:
                 self._move_to_thread(lane)
 
     def deliver(self) -> None:
@@ -130,10 +163,22 @@ class Executor:
         for call, result in results:
             call.finish(call, result)
 
+    def _is_full(self, lane: Lane, call: Call) -> bool:
+        # A body that is alone may be of any size that the service accepts.
+        too_many_bytes = self._bytes > 0 and self._bytes + call.size > _MOST_WAITING_BYTES
+        return len(lane.waiting) >= lane.limit or too_many_bytes
+
+    def _drop(self, hopeless: list[tuple[Call, Reply | Exception]]) -> None:
+        self._bytes -= sum(call.size for call, _ in hopeless)
+        self._done.extend(hopeless)
+
     def _gather(self, lane: Lane) -> None:
         """Wait for more calls where the bundle asks for that, holding the lock but while waiting."""
-        until = lane.waiting[0].received + lane.model.max_delay_seconds
-        while lane.rows < lane.model.max_batch_rows and (left := until - time.perf_counter()) > 0:
+        while (
+            lane.waiting
+            and lane.rows < lane.model.max_batch_rows
+            and (left := lane.departure - time.perf_counter()) > 0
+        ):
             self._some.wait(left)
 
     def _move_to_thread(self, lane: Lane) -> None:
@@ -156,12 +201,20 @@ class Executor:
                 if not lane.waiting:
                     continue
                 self._gather(lane)
+                # All of them may have left meanwhile.
+                if not lane.waiting:
+                    continue
                 batch = lane.take()
                 self._bytes -= sum(call.size for call in batch)
             self.show_load()
             self._busy(True)
-            results = _execute(lane, batch)
+            results, left = _execute(lane, batch)
             self._busy(False)
+            if left:
+                with self._some:
+                    # Their lane is still in the queue as often as they are calls.
+                    lane.waiting.extendleft(reversed(left))
+                    self._bytes += sum(call.size for call in left)
             self._done.extend(results)
             self.wake()
 
@@ -173,15 +226,23 @@ def overloaded() -> Refusal:
     )
 
 
-def _execute(lane: Lane, calls: list[Call]) -> list[tuple[Call, Reply | Exception]]:
-    """Run calls as one batch; what each of them gets. Whatever the model's code raises ends here."""
+def _execute(lane: Lane, calls: list[Call]) -> tuple[list[tuple[Call, Reply | Exception]], list[Call]]:
+    """Run calls as one batch: what each of them gets, and the calls that are left for the next batch.
+
+    Whatever the model's code raises ends here.
+    """
     started = time.perf_counter()
     results: list[tuple[Call, Reply | Exception]] = []
     ready: list[tuple[Call, Sequence[Any]]] = []
+    left: list[Call] = []
     model = lane.model
-    for call in calls:
+    for index, call in enumerate(calls):
+        now = time.perf_counter()
+        if index and now - started > _PREPARE_SECONDS:
+            left = calls[index:]
+            break
         call.queue_seconds = started - call.received
-        refusal = _too_late(call, started)
+        refusal = _too_late(call, now)
         if refusal is not None:
             results.append((call, refusal))
             continue
@@ -192,7 +253,7 @@ def _execute(lane: Lane, calls: list[Call]) -> list[tuple[Call, Reply | Exceptio
     if ready:
         results += _predict(lane, ready)
     lane.note(time.perf_counter() - started)
-    return results
+    return results, left
 
 
 def _predict(lane: Lane, ready: list[tuple[Call, Sequence[Any]]]) -> list[tuple[Call, Reply | Exception]]:
@@ -214,11 +275,26 @@ def _predict(lane: Lane, ready: list[tuple[Call, Sequence[Any]]]) -> list[tuple[
     for (call, _), output in zip(ready, outputs, strict=True):
         call.model_seconds = seconds
         try:
-            lane.metrics.outputs(output)
-            results.append((call, call.render(output)))
+            reply = call.render(output)
+            # Not before: what can't be written would spoil the metrics.
+            lane.metrics.outputs(_values(model, output))
+            results.append((call, reply))
         except BaseException as error:
             results.append((call, _translated(error)))
     return results
+
+
+def _values(model: Model, output: Any) -> list[Any]:
+    """What a classifier says of each row, for the metrics; nothing where it isn't one, or has no finite answer."""
+    spec = model.bundle.output
+    if not spec.labels:
+        return []
+    if isinstance(output, list):
+        return output
+    try:
+        return spec.values(output)
+    except ValueError:
+        return []
 
 
 def _too_late(call: Call, now: float) -> Refusal | None:

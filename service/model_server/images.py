@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Told apart by their first bytes. Every other format has a parser that nobody needs to be able to reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DEFAULT_MAX_PIXELS = 50_000_000
-# Pillow itself refuses or complains above this.
+# Of one image, and of all images of a request. Pillow itself refuses or complains above this.
 MOST_PIXELS = 80_000_000
 
 _ACCEPTED = "an image: JPEG, PNG, WebP, GIF or BMP"
@@ -49,7 +49,8 @@ class ImageSpec:
 
     ``channels`` is 1 (grey) or 3 (red, green, blue); ``mean`` and ``std`` have a number for each. With ``resize`` the
     shorter side is scaled to that many pixels and the centre cut out; with 0 the whole image is scaled, whatever its
-    proportions. What is transparent becomes white. No image of more than ``max_pixels`` is decoded.
+    proportions. What is transparent becomes white. No image of more than ``max_pixels`` is decoded,
+    and no request whose images have more than MOST_PIXELS together.
     """
 
     width: int
@@ -80,7 +81,7 @@ class ImageSpec:
         texts = [data] if single else data
         check_count(len(texts), max_rows)
         return Rows(
-            [_decoded(text, "data" if single else f"data[{index}]") for index, text in enumerate(texts)], single
+            [_from_base64(text, "data" if single else f"data[{index}]") for index, text in enumerate(texts)], single
         )
 
     def prepare(self, rows: Sequence[Any]) -> Sequence[Any]:
@@ -90,17 +91,24 @@ class ImageSpec:
         """
         if not isinstance(rows, list):
             return rows
-        return [
-            self._tensor(data, "the image" if len(rows) == 1 else f"image {number} of {len(rows)}")
+        # An image that comes several times is opened and decoded once.
+        names = {
+            data: "the image" if len(rows) == 1 else f"image {number} of {len(rows)}"
             for number, data in enumerate(rows, 1)
-        ]
+        }
+        images = {data: self._opened(data, name) for data, name in names.items()}
+        # A small body can hold many large images, and each takes its time.
+        if sum(map(self._work, images.values())) > MOST_PIXELS:
+            raise BadRequest(f"the images have more than {MOST_PIXELS} pixels together; send fewer at a time")
+        tensors = {data: self._tensor(image, names[data]) for data, image in images.items()}
+        return [tensors[data].clone() for data in rows]
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of one row."""
         return {"type": "string", "contentEncoding": "base64", "description": _ACCEPTED[0].upper() + _ACCEPTED[1:]}
 
-    def _tensor(self, data: bytes, where: str) -> "torch.Tensor":
-        image = _on_white(self._fitted(self._read(data, where)), _MODES[self.channels])
+    def _tensor(self, image: Image.Image, where: str) -> "torch.Tensor":
+        image = _on_white(self._fitted(self._decoded(image, where)), _MODES[self.channels])
         # Not at the top: processes that decode nothing do without PyTorch.
         import torch
 
@@ -109,12 +117,12 @@ class ImageSpec:
         mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
         return (values - mean) / std
 
-    def _read(self, data: bytes, where: str) -> Image.Image:
-        """The whole image the right way up: in the mode that the model takes, or in RGBA where it is transparent."""
+    def _opened(self, data: bytes, where: str) -> Image.Image:
+        """An image of an accepted size, of which nothing is decoded yet."""
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             too_large = image.width * image.height > self.max_pixels
-            too_long = self._pixels_between(*image.size) > self.max_pixels
+            too_long = self._work(image) > self.max_pixels
         except Image.DecompressionBombError:
             too_large = True
         # Pillow raises nearly anything for bytes that aren't what they begin like.
@@ -124,16 +132,23 @@ class ImageSpec:
             raise BadRequest(f"{where} has more than {self.max_pixels} pixels")
         if too_long:
             raise BadRequest(f"{where} is too long and narrow")
+        return image
+
+    def _decoded(self, image: Image.Image, where: str) -> Image.Image:
+        """The whole image the right way up: in the mode that the model takes, or in RGBA where it is transparent."""
         try:
             image.load()
             return _converted(_upright(image), _MODES[self.channels])
         except Exception:
             raise BadRequest(f"{where} is damaged or incomplete") from None
 
-    def _pixels_between(self, width: int, height: int) -> float:
-        """How large an image can become on its way to the right size: a line one pixel wide grows beyond all memory."""
-        side, short = self.resize or max(self.width, self.height), min(width, height)
-        return side * max(width, height) * max(1, side / short)
+    def _work(self, image: Image.Image) -> float:
+        """How many pixels the image has, or gets on its way to the right size where those are more.
+
+        A line one pixel wide would grow beyond all memory.
+        """
+        side, short, long = self.resize or max(self.width, self.height), min(image.size), max(image.size)
+        return max(short * long, side * long * max(1, side / short))
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         if not self.resize:
@@ -145,7 +160,7 @@ class ImageSpec:
         return image.crop((left, top, left + self.width, top + self.height))
 
 
-def _decoded(text: Any, where: str) -> bytes:
+def _from_base64(text: Any, where: str) -> bytes:
     if type(text) is not str:
         raise BadRequest(f"{where} must be an image in base64")
     prefix = _DATA_URL.match(text)

@@ -29,10 +29,16 @@ def load(bundle: Bundle) -> Models:
     models = []
     for part in bundle.models:
         models.append(_explained(part, _load))
+        if (threads := torch.get_num_threads()) != 1:
+            raise BundleError(
+                f"{part.label}: the model's code sets PyTorch's threads to {threads}; it must leave them at 1"
+            )
         if _threads() > threads_before:
             raise BundleError(f"{part.label}: the model's code starts threads; they would be missing in the workers")
     if len(models) > 1:
         modules.forget_imports()
+        for model in models:
+            _check_without_imports(model)
     # What is alive now stays: moved out of the collector's sight, its pages stay shared after the fork.
     gc.collect()
     gc.freeze()
@@ -115,6 +121,17 @@ def _faster(model: Model, requests: list[payload.Rows]) -> Model:
 def _threads() -> int:
     """Threads of this process, those of libraries included, which Python doesn't know of."""
     return len(os.listdir("/proc/self/task"))
+
+
+def _check_without_imports(model: Model) -> None:
+    """Whether the model predicts without finding its own files, as several may have files of the same name."""
+    try:
+        probe(Models([model]))
+    except ModelFailed as error:
+        raise BundleError(
+            f"{model.bundle.label}: {error}; where a bundle has several models, their files must be imported at the "
+            "top of the file that needs them"
+        ) from error
 
 
 def _example_rows(bundle: Bundle) -> list[payload.Rows]:

@@ -148,15 +148,18 @@ class ModelMetrics:
         self._duration.observe(seconds)
         self._batch_rows.observe(rows)
 
-    def outputs(self, values: Any) -> None:
+    def outputs(self, values: list[Any]) -> None:
         """Count the classes among a request's outputs, where the model is a classifier."""
-        if self._confidence is None or not isinstance(values, list):
+        if self._confidence is None:
             return
         for value in values:
-            child = self._classes.get(value["class"], self._other)
-            if child is not None:
-                child.inc()
-            self._confidence.observe(value["probability"])
+            # A bundle's own postprocess may make something else of a row.
+            match value:
+                case {"class": str(label), "probability": float(probability)}:
+                    child = self._classes.get(label, self._other)
+                    if child is not None:
+                        child.inc()
+                    self._confidence.observe(probability)
 
 
 class Tally:

@@ -71,11 +71,15 @@ class Predictions:
         return self._second_text
 
     def _find(self, request: Any) -> tuple[Route, Mapping[str, str]] | None:
-        route = self._exact.get((request.command, request.path))
+        path = request.path
+        # Flask gets such a path with one slash from waitress, and must not find what is found here.
+        if path.startswith("//"):
+            path = "/" + path.lstrip("/")
+        route = self._exact.get((request.command, path))
         if route is not None:
             return route, _NOTHING
         for route in self._patterns:
-            match = route.pattern.fullmatch(request.path)
+            match = route.pattern.fullmatch(path)
             if match is not None and route.method == request.command:
                 return route, match.groupdict()
         return None
@@ -96,7 +100,7 @@ class Predictions:
             call = route.begin(Request(raw.command, raw.path, raw.query, raw.headers, body, request_id), groups)
         except Exception as error:
             reply = self._as_reply(error, route, request_id)
-            self._reject(None, error)
+            self._reject(groups.get("name"), error)
             self._answer(channel, raw, route, request_id, started, reply, None)
             return
         if call.seconds is None:
@@ -122,16 +126,18 @@ class Predictions:
             self._tally.observe(metrics.handler_duration, max(0.0, seconds - call.queue_seconds - call.model_seconds))
         else:
             reply = self._as_reply(result, route, call.request_id)
-            self._reject(call, result)
+            if isinstance(result, Refusal):
+                self._reject(call.model.name, result)
+            else:
+                self._tally.count(metrics.error, len(call.rows))
         self._answer(channel, raw, route, call.request_id, call.received, reply, call)
 
-    def _reject(self, call: Call | None, error: Exception) -> None:
-        # A request that names no model is the first one's.
-        metrics = self._metrics.of(call.model.name if call is not None else self._frame.model)
-        if isinstance(error, Refusal):
-            self._tally.count(metrics.rejected.get(error.reason, metrics.rejected["invalid"]))
-        elif call is not None:
-            self._tally.count(metrics.error, len(call.rows))
+    def _reject(self, name: str | None, error: Exception) -> None:
+        reason = error.reason if isinstance(error, Refusal) else "invalid" if isinstance(error, BadRequest) else None
+        if reason is not None:
+            # A request that names no model, or one that isn't served, is the first one's.
+            model = name if name in self._executor.names else self._frame.model
+            self._tally.count(self._metrics.of(model).rejected[reason])
 
     def _as_reply(self, error: Exception, route: Route, request_id: str) -> Reply:
         # A request that fits, but for which the model has no answer that JSON can hold, is the client's to change too.

@@ -94,6 +94,8 @@ class _Consumer:
         adopted, failed = self._store.adopt(self._colour, list(self._versions), SILENT_SECONDS)
         if adopted:
             self._log.warning("jobs_adopted", f"{adopted} jobs of a colour that is down are taken over", jobs=adopted)
+            # They are older than what waits here: filled from the table again, the queue is in the right order.
+            self._queue.clear()
         for job in failed:
             self._note(job, "failed")
         # A process that died between the table and the queue has left jobs in the table alone.

@@ -180,7 +180,7 @@ def _key() -> str | None:
 def _limit(text: str | None) -> int:
     if text is None:
         return _USUAL_LIST
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _LONGEST_LIST):
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= _LONGEST_LIST):
         raise Refusal(400, f"limit must be a whole number from 1 to {_LONGEST_LIST}")
     return int(text)
 

@@ -172,6 +172,6 @@ def _as_tensor(values: list[Any]) -> "torch.Tensor | None":
     import torch
 
     try:
-        return torch.tensor(values, dtype=torch.bool if type(values[0]) is bool else torch.float64)
+        return torch.tensor(values, dtype=torch.bool if set(map(type, values)) == {bool} else torch.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None

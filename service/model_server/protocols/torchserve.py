@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _FORM = "multipart/form-data"
 _FIELDS = ("data", "body")
+_METHODS = ("POST", "PUT")
 _MOST_PARTS = 16
 _TAG = "TorchServe"
 # The names that TorchServe has for what went wrong.
@@ -64,9 +65,11 @@ def routes(models: Models) -> list[Route]:
             lambda outputs: Reply(payload.to_json(outputs[0] if rows.single else outputs)),
         )
 
+    # TorchServe doesn't mind the method, and `curl -T FILE`, which its own documents show, makes it PUT.
     return [
-        Route("/predictions/<name>", predict, error=error_body),
-        Route("/predictions/<name>/<version>", predict, error=error_body),
+        Route(rule, predict, method=method, error=error_body)
+        for method in _METHODS
+        for rule in ("/predictions/<name>", "/predictions/<name>/<version>")
     ]
 
 
@@ -118,13 +121,16 @@ def _describe(model: "Model", state: SharedState) -> dict[str, Any]:
 def _rows(request: Request, model: "Model") -> payload.Rows:
     """The rows that a body is, or that a field of a form has. Raises BadRequest."""
     content_type, options = parse_options_header(request.header("Content-Type"))
-    body = _field(request.body, options) if content_type == _FORM else request.body
-    if not body:
+    bodies = _field(request.body, options) if content_type == _FORM else [request.body]
+    body, kind = bodies[0], model.bundle.input.kind
+    if not all(bodies):
         raise payload.BadRequest("the body is empty")
-    kind = model.bundle.input.kind
     # No image begins like JSON, so that nothing depends on a content type, which few clients set with care.
     if kind == "bytes" or (kind == "image" and body.lstrip()[:1] not in (b"{", b"[", b'"')):
-        return payload.Rows([body], single=True)
+        payload.check_count(len(bodies), model.bundle.max_rows)
+        return payload.Rows(bodies, single=len(bodies) == 1)
+    if len(bodies) > 1:
+        raise payload.BadRequest("the form has the field several times; send one, with a list of rows")
     try:
         data = orjson.loads(body)
     except ValueError:
@@ -137,8 +143,8 @@ def _rows(request: Request, model: "Model") -> payload.Rows:
     return model.bundle.input.rows(data, model.bundle.max_rows)
 
 
-def _field(body: bytes, options: dict[str, str]) -> bytes:
-    """What the field ``data`` or ``body`` of a form has, be it a file or not. Raises BadRequest."""
+def _field(body: bytes, options: dict[str, str]) -> list[bytes]:
+    """What the field ``data`` or ``body`` of a form has, be it a file or not, each time it comes. Raises BadRequest."""
     # Files stay in memory: the whole body is there already.
     parser = FormDataParser(
         lambda **_: io.BytesIO(), max_form_memory_size=len(body), max_form_parts=_MOST_PARTS, silent=False
@@ -151,9 +157,9 @@ def _field(body: bytes, options: dict[str, str]) -> bytes:
         raise payload.BadRequest("the body isn't a form as its Content-Type describes it") from None
     for name in _FIELDS:
         if name in files:
-            return files[name].read()
+            return [file.read() for file in files.getlist(name)]
         if name in texts:
-            return texts[name].encode()
+            return [text.encode() for text in texts.getlist(name)]
     raise payload.BadRequest('the form has no field "data" or "body"')
 
 
@@ -170,13 +176,13 @@ def operations(models: Models) -> list[Operation]:
     for model in models.all:
         for name in (model.name, f"{model.name}/{model.version}"):
             found += [
-                _prediction(f"/predictions/{name}", model),
+                *(_prediction(method, f"/predictions/{name}", model) for method in _METHODS),
                 Operation("GET", f"/models/{name}", _TAG, f"How {model.name} is served", described),
             ]
     return found
 
 
-def _prediction(path: str, model: "Model") -> Operation:
+def _prediction(method: str, path: str, model: "Model") -> Operation:
     rows, output = example_of(model)
     if model.bundle.input.kind == "tensor":
         body = json_content(one_or_list(row_schema(model), model), rows)
@@ -185,5 +191,5 @@ def _prediction(path: str, model: "Model") -> Operation:
     answer = json_content(one_or_list(value_schema(model), model), output)
     summary = f"Predict with {model.name}; the body is the row itself"
     return Operation(
-        "POST", path, _TAG, summary, answer, body | form_content("data"), predicts=True, error="TorchServeError"
+        method, path, _TAG, summary, answer, body | form_content("data"), predicts=True, error="TorchServeError"
     )

@@ -57,6 +57,15 @@ MODELS = {
         [True, False],
         [False, True],
     ),
+    # A classifier whose own code says something else of a row than the class and its probability.
+    "signs": (
+        {"shape": [], "dtype": "float32"},
+        {"kind": "classes", "labels": ["minus", "plus"]},
+        "    def forward(self, rows):\n        return torch.stack([-rows, rows], 1)\n\n"
+        "    def postprocess(self, output):\n        return [['minus', 'plus'][row.argmax()] for row in output]\n",
+        2.5,
+        "plus",
+    ),
     "lengths": (
         {"kind": "bytes"},
         {"shape": [], "dtype": "int64"},

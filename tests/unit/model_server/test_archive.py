@@ -16,6 +16,7 @@ from bundle_making import SHIPPED
 from model_server import archive, authoring, bundle_tool, loading
 from model_server.bundle import BundleError, read
 from PIL import Image
+from safetensors.torch import save_file
 
 MODEL = (SHIPPED / "1.0.0" / "model.py").read_text().replace("hidden: int)", "hidden: int = 4)")
 WEIGHTS = SHIPPED / "1.0.0" / "weights.pth"
@@ -132,10 +133,15 @@ def test_image_classifier_needs_an_example(archived, capsys):
 
 
 HANDLER = """
+from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 import torch
 
 class Handler(BaseHandler):
+    def initialize(self, context: Context):
+        assert isinstance(context, Context)
+        super().initialize(context)
+
     def preprocess(self, data):
         assert self.model_yaml_config.get("handler", {}).get("scale", 1) == 1
         return torch.tensor([row["body"]["numbers"] for row in data])
@@ -159,6 +165,22 @@ def test_handler_that_derives_from_torchserves(archived):
     }  # fmt: skip
     assert read(directory).examples[0].request == {"data": base64.b64encode(ROW).decode()}
     assert answer(directory, ROW) == {"probability": pytest.approx(0.6318, abs=1e-4)}
+
+
+def test_handler_that_derives_from_torchserves_with_safetensors(archived, tmp_path):
+    save_file(torch.load(WEIGHTS, weights_only=True), tmp_path / "net.safetensors")
+    files = {"net.py": MODEL, "my_handler.py": HANDLER}
+    mar = archived("my_handler.py", "--model-file", "net.py", "--serialized-file", "net.safetensors", files=files)
+    directory = imported(mar, "--example", ROW.decode())
+    assert answer(directory, ROW) == {"probability": pytest.approx(0.6318, abs=1e-4)}
+
+
+def test_handler_whose_weights_hold_code(archived, tmp_path, capsys):
+    torch.save(torch.nn.Linear(2, 1), tmp_path / "whole.pt")
+    files = {"net.py": MODEL, "my_handler.py": HANDLER}
+    mar = archived("my_handler.py", "--model-file", "net.py", "--serialized-file", "whole.pt", files=files)
+    message = refused(mar, capsys, "--example", ROW.decode())
+    assert "could be code and isn't loaded" in message and "weights_only" not in message
 
 
 def test_batch_of_a_handler_is_one_call(archived):
@@ -307,6 +329,12 @@ def test_what_is_no_archive(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "y.mar", "w") as file:
         file.writestr("model.py", "")
     assert "no model archive" in refused(tmp_path / "y.mar", capsys)
+
+
+@pytest.mark.parametrize(("form", "name"), [("tgz", "net.tar.gz"), ("no-archive", "net")])
+def test_other_formats_of_the_archiver_say_what_to_do(archived, tmp_path, capsys, form, name):
+    archived("base_handler", "--model-file", "net.py", "--archive-format", form, files={"net.py": MODEL})
+    assert "--archive-format default" in refused(tmp_path / name, capsys, "--input-shape", "2")
 
 
 def test_damaged_archives(tmp_path, capsys):

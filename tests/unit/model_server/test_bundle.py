@@ -200,6 +200,14 @@ def test_model_that_starts_threads(edit):
     rejected(edit("model.py", "import torch", code), "starts threads", load=True)
 
 
+def test_model_that_sets_the_number_of_threads(edit):
+    directory = edit("model.py", "import torch\n", "import torch\n\ntorch.set_num_threads(2)\n")
+    try:
+        rejected(directory, "sets PyTorch's threads to 2", load=True)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_pre_and_postprocessing(edit, bundle_dir):
     methods = (
         "def preprocess(self, data):\n        return torch.tensor([[0.0, 0.0] for _ in data])\n\n"

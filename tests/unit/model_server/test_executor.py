@@ -175,6 +175,27 @@ def test_a_body_that_waits_alone_may_be_of_any_size(monkeypatch):
     assert isinstance(harness.results["large"], Reply)
 
 
+def test_turns_of_the_loop_leave_the_threads_queue_alone(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_WAITING_BYTES", 100)
+    model = FakeModel(batch_seconds=1.0)
+    harness = Harness(model)
+    model.hold.clear()
+    harness.submit("running", [1], size=40)
+    while not model.batches:
+        time.sleep(0.001)
+    harness.submit("waits", [2], size=40)
+    for _ in range(5):
+        harness.executor.run_inline()
+    # Counted once, its bytes leave room for as many again, now and afterwards.
+    harness.submit("waits too", [3], size=40)
+    model.hold.set()
+    harness.run_until(3)
+    harness.submit("later", [4], size=90)
+    harness.run_until(4)
+    assert all(isinstance(result, Reply) for result in harness.results.values())
+    assert [part for _, parts in model.batches for part in parts] == [[1], [2], [3], [4]]
+
+
 def test_those_who_gave_up_leave_their_places():
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model, limit=2)
@@ -203,18 +224,20 @@ def test_those_who_gave_up_leave_their_places():
 def test_rows_that_take_long_to_prepare_hold_up_nobody(monkeypatch, batch_seconds):
     monkeypatch.setattr(module, "_PREPARE_SECONDS", 0.02)
     monkeypatch.setattr(module, "INLINE_SECONDS", 1.0 if batch_seconds == 0.0 else 0.0)
-    model = FakeModel(batch_seconds)
+    model, rows = FakeModel(batch_seconds), [1, 3, 2, 0, 3, 2]
     prepare = model.prepare
     model.prepare = lambda rows: (time.sleep(0.05 if 3 in rows else 0), prepare(rows))[1]
     harness = Harness(model)
-    model.hold.clear() if batch_seconds else None
-    for key, row in enumerate([1, 3, 2, 3, 2]):
+    if batch_seconds:
+        model.hold.clear()
+    for key, row in enumerate(rows):
         harness.submit(key, [row])
     model.hold.set()
-    harness.run_until(5)
-    for key, row in enumerate([1, 3, 2, 3, 2]):
+    harness.run_until(len(rows))
+    for key, row in enumerate(rows):
         assert harness.results[key].body == repr([row * row]).encode()
     assert max(sum(part == [3] for part in parts) for _, parts in model.batches) == 1
+    assert [part for _, parts in model.batches for part in parts] == [[row] for row in rows]
 
 
 def test_those_who_gave_up_are_not_computed():

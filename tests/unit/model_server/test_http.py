@@ -94,6 +94,13 @@ def test_requests_sent_ahead_are_answered_in_order(served):
     assert b'"workers"' in answers[1][2]
 
 
+def test_slashes_at_the_start_are_one(served):
+    _, port = served
+    with connect(port) as client:
+        client.sendall(post(BODY).replace(b" /predict ", b" ///predict "))
+        assert read_answer(client.makefile("rb"))[0] == 200
+
+
 def test_http_1_0(served):
     _, port = served
     with connect(port) as client:

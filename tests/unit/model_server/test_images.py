@@ -19,6 +19,7 @@ from model_server.images import ImageSpec
 from model_server.payload import BadRequest, ClassesSpec
 from model_server.protocols.native import rows_of
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 GREY = ImageSpec(width=4, height=4, channels=1, mean=(0.5,), std=(0.25,))
 COLOUR = ImageSpec(width=6, height=4, channels=3, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -220,6 +221,32 @@ def test_limit_of_pixels():
     spec = ImageSpec(4, 4, 1, (0.5,), (0.5,), max_pixels=600)
     assert len(spec.prepare([encoded(noise(30, 20))])) == 1
     assert refusal(encoded(noise(31, 20)), spec) == "the image has more than 600 pixels"
+
+
+def test_a_request_of_many_large_images_is_refused_before_anything_is_decoded():
+    large = [_claiming("PNG", 7000, 7000 - number) for number in range(2)]
+    with pytest.raises(BadRequest, match=r"^the images have more than 80000000 pixels together"):
+        COLOUR.prepare(large)
+    # Small files that would grow on their way count as what they become.
+    spec = ImageSpec(224, 224, 1, (0.5,), (0.5,), resize=256)
+    with pytest.raises(BadRequest, match="together"):
+        spec.prepare([encoded(Image.new("L", (1, 700), value)) for value in range(2)])
+
+
+def test_an_image_that_comes_several_times_is_decoded_once(monkeypatch):
+    read = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: (read.append(image), load(image))[1])
+    one, other = encoded(noise(30, 20), "PNG"), encoded(noise(20, 30), "PNG")
+    alone = [COLOUR.prepare([data])[0] for data in (one, other)]
+    count = len(set(map(id, read)))
+    tensors = COLOUR.prepare([one, other, one, one])
+    assert len(set(map(id, read))) == 2 * count
+    for tensor, expected in zip(tensors, [alone[0], alone[1], alone[0], alone[0]], strict=True):
+        assert torch.equal(tensor, expected)
+    # Each row's own, as a model's preprocess may write into it.
+    tensors[0].zero_()
+    assert torch.equal(tensors[2], alone[0])
 
 
 @pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1)])

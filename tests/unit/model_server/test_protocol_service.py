@@ -152,6 +152,42 @@ def test_images_are_bytes_or_pixels(triton):
         triton.infer("shades", [tensor(strings(b"not one"), "BYTES")])
 
 
+def test_classes_are_counted_whatever_the_protocol(service, triton):
+    def counted() -> list[float]:
+        found = service.metrics()
+        classes = [found[f'model_predicted_class_total{{class="{name}",model="shades"}}'] for name in ("dark", "light")]
+        return [*classes, found['model_prediction_confidence_count{model="shades"}']]
+
+    before = counted()
+    triton.infer("shades", [tensor(strings(picture(0), picture(255), picture(255)), "BYTES")])
+    ask(service, "POST", "/predictions/shades", picture(0))
+    service.wait_for(lambda: [new - old for new, old in zip(counted(), before, strict=True)] == [2, 2, 4], "counted")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name", "reason"),
+    [
+        ("/predict", b"{", "simplemodel", "invalid"),
+        ("/predictions/roots", b"[1]", "roots", "invalid"),
+        ("/v2/models/parity/infer", b"{}", "parity", "invalid"),
+        ("/v1/models/inverse:predict", b'{"instances": [3]}', "inverse", "invalid"),
+        ("/v1/model/shades/predict", b"no image", "shades", "invalid"),
+        ("/predictions/roots/2", b"[1]", "roots", "unknown_model"),
+        ("/predictions/other", b"[1]", "simplemodel", "unknown_model"),
+    ],
+)
+def test_what_is_refused_is_counted(service, path, body, name, reason):
+    def rejected() -> dict[str, float]:
+        return {key: value for key, value in service.metrics().items() if key.startswith("model_rejected_total")}
+
+    before = rejected()
+    assert ask(service, "POST", path, body)[0] in (400, 404)
+    # The answer comes a little earlier.
+    service.wait_for(lambda: rejected() != before, "counted")
+    changed = {key: value - before[key] for key, value in rejected().items() if value != before[key]}
+    assert changed == {f'model_rejected_total{{model="{name}",reason="{reason}"}}': 1}
+
+
 def test_bytes_travel_as_they_are(triton):
     rows = strings(b"\x00\xff" * 500, b"", b"x")
     assert triton.infer("lengths", [tensor(rows, "BYTES")]).as_numpy("output").tolist() == [1000, 0, 1]
@@ -244,6 +280,7 @@ def test_a_client_that_waits_too_shortly_is_told(triton):
         ("simplemodel", {"instances": [[0.2, 0.6]]}, [pytest.approx(PROBABILITY)]),
         ("simplemodel", {"data": [0.2, 0.6]}, pytest.approx(PROBABILITY)),
         ("parity", 3, {"odd": True}),
+        ("signs", [-1, 2], ["minus", "plus"]),
         ("shades", [in_base64(picture(0))], [{"class": "dark"}]),
         ("shades", picture(255), {"class": "light"}),
         ("lengths", b"[1, 2]", 6),
@@ -266,6 +303,26 @@ def form(name: str, data: bytes, options: str = "") -> dict:
         "body": body % (name.encode(), options.encode(), data),
         "Content_Type": "multipart/form-data; boundary=x",
     }
+
+
+def test_torchserve_takes_an_upload_by_put(service):
+    # What `curl -T FILE` sends.
+    for path in ("shades", "shades/1.0.0"):
+        status, answer = ask(service, "PUT", f"/predictions/{path}", picture(255))
+        assert (status, answer["class"]) == (200, "light")
+
+
+def test_torchserve_predicts_on_each_file_of_a_form(service):
+    part = b'--x\r\nContent-Disposition: form-data; name="data"; filename="a"\r\n\r\n%s\r\n'
+    content_type = "multipart/form-data; boundary=x"
+    body = part % picture(0) + part % picture(255) + b"--x--\r\n"
+    status, answer = ask(service, "POST", "/predictions/shades", body, Content_Type=content_type)
+    assert (status, [one["class"] for one in answer]) == (200, ["dark", "light"])
+    status, answer = ask(service, "POST", "/predictions/lengths", body, Content_Type=content_type)
+    assert (status, answer) == (200, [len(picture(0)), len(picture(255))])
+    body = part % b"[0.2, 0.6]" * 2 + b"--x--\r\n"
+    status, answer = ask(service, "POST", "/predictions/simplemodel", body, Content_Type=content_type)
+    assert status == 400 and "several times" in answer["message"]
 
 
 def test_torchserve_takes_forms(service):

@@ -12,7 +12,7 @@ from model_server.bodies import BytesSpec
 from model_server.core import Call, Models, Refusal, Request
 from model_server.images import ImageSpec
 from model_server.payload import BadRequest, TensorSpec
-from model_server.protocols import oip
+from model_server.protocols import oip, tensors
 
 PATH = {"name": "model"}
 OUTPUT = TensorSpec((1,), "float32")
@@ -179,3 +179,19 @@ def test_a_truth_value_is_0_or_1():
 def test_a_wrong_length_of_the_header_is_refused(length):
     with pytest.raises(BadRequest):
         begin(SPECS[0], request([1, 2], "FP32", ROW)[0], length)
+
+
+@pytest.mark.parametrize(
+    ("values", "datatype", "elements"),
+    [
+        ([True, False], "BOOL", [True, False]),
+        ([True, 0.5], "FP64", [1.0, 0.5]),
+        ([0.5, True], "FP64", [0.5, 1.0]),
+        ([[1, 2], [3, 4]], "FP64", [1.0, 2.0, 3.0, 4.0]),
+        ([True, None], "BYTES", ["true", "null"]),
+        (["a", {"b": 1}], "BYTES", ["a", '{"b":1}']),
+    ],
+)
+def test_json_values_become_a_tensor_that_holds_them(values, datatype, elements):
+    output = tensors.Output.of(values)
+    assert (output.datatype, output.listed()) == (datatype, elements)

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from model_server import modules
 
 from ts.utils.util import list_classes_from_module, load_label_mapping
 
@@ -57,7 +59,7 @@ class BaseHandler:
         model = classes[0](**names.get("modelArguments", {}))
         if model_pt_path:
             # A file that is no plain state dict could hold code and is refused.
-            model.load_state_dict(torch.load(model_pt_path, map_location=self.map_location, weights_only=True))
+            model.load_state_dict(modules.read_state_dict(Path(model_pt_path)))
         return model
 
     def preprocess(self, data: Any) -> Any:
