@@ -17,6 +17,7 @@ from model_server import modules, payload, speed  # noqa: E402
 from model_server.bundle import EXAMPLES, Bundle, BundleError, Example  # noqa: E402
 from model_server.core import Models  # noqa: E402
 from model_server.errors import ModelFailed  # noqa: E402
+from model_server.memory import release_library_pages  # noqa: E402
 from model_server.model import Model  # noqa: E402
 
 # Before anything touches weights: a fork after a parallel region of OpenMP hangs in the child for ever.
@@ -42,6 +43,7 @@ def load(bundle: Bundle) -> Models:
     # What is alive now stays: moved out of the collector's sight, its pages stay shared after the fork.
     gc.collect()
     gc.freeze()
+    release_library_pages()
     return Models(models)
 
 

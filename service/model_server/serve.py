@@ -37,4 +37,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Where this was called from is no place to import a model's modules from: the host hasn't got it.
+    if not sys.flags.safe_path:
+        del sys.path[0]
     sys.exit(main())

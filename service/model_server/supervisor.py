@@ -5,12 +5,10 @@ It stays single-threaded and serves nothing itself, so that it can fork safely a
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import os
 import signal
 import socket
-import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING
 from model_server.bundle import Bundle
 from model_server.config import Config, ConfigError
 from model_server.control import run_control
-from model_server.jobs import create as create_jobs
+from model_server.jobs import prepare as prepare_jobs
 from model_server.logs import Log
 from model_server.metrics import Metrics
 from model_server.state import Phase, SharedState
@@ -117,7 +115,8 @@ class Supervisor:
         signal.signal(signal.SIGTERM, _exit_at_once)
         signal.signal(signal.SIGINT, _exit_at_once)
         try:
-            self._config = _with_usable_jobs(self._config, self._log)
+            if self._config.jobs is not None:
+                prepare_jobs(self._config.jobs, self._log)
             # Before PyTorch is imported: the control process needs none of it, and health can say "starting".
             gc.collect()
             gc.freeze()
@@ -379,18 +378,6 @@ def _listen_on_port(config: Config) -> socket.socket | None:
         )
     except OSError as error:
         raise ConfigError(f"MODEL_HOST and MODEL_PORT: {config.host}:{config.port}: {error.strerror}") from error
-
-
-def _with_usable_jobs(config: Config, log: Log) -> Config:
-    """The settings, without jobs where their file can't be used: predictions are served all the same."""
-    if config.jobs is None:
-        return config
-    try:
-        create_jobs(config.jobs)
-    except (OSError, sqlite3.Error) as error:
-        log.error("jobs_unavailable", f"MODEL_JOBS_DIR is {config.jobs.directory}; it can't be used: {error}")
-        return dataclasses.replace(config, jobs=None)
-    return config
 
 
 class _Stopped(BaseException):

@@ -9,6 +9,7 @@ import time
 from model_server import payload
 from model_server.config import Config
 from model_server.core import Models, Refusal
+from model_server.jobs import prepare
 from model_server.jobs.queue import Queue
 from model_server.jobs.store import Job, Store
 from model_server.logs import Log
@@ -21,6 +22,8 @@ SILENT_SECONDS = 120.0
 # How often an idle consumer looks for a new job.
 _POLL_SECONDS = 0.2
 _NICENESS = 10
+# How often a file that can't be used is tried again.
+_UNAVAILABLE_SECONDS = 5.0
 
 
 def run_consumer(models: Models, config: Config, metrics: Metrics, log: Log) -> None:
@@ -31,6 +34,10 @@ def run_consumer(models: Models, config: Config, metrics: Metrics, log: Log) -> 
     os.nice(_NICENESS)
     prove(models)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    # As at the start; a disk that was full then may have room by now.
+    while not prepare(config.jobs, log):
+        if signal.sigtimedwait((signal.SIGTERM,), _UNAVAILABLE_SECONDS) is not None:
+            return
     consumer = _Consumer(models, config, metrics, log)
     consumer.begin()
     while signal.sigtimedwait((signal.SIGTERM,), _TURN_SECONDS) is None:

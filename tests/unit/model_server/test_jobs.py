@@ -24,7 +24,7 @@ CONFIG = JobsConfig(Path(), limit=3, attempts=2, keep_seconds=100, longest_secon
 @pytest.fixture
 def config(tmp_path: Path) -> JobsConfig:
     config = dataclasses.replace(CONFIG, directory=tmp_path)
-    jobs.create(config)
+    assert jobs.prepare(config, Log())
     return config
 
 
@@ -335,7 +335,7 @@ def test_who_starts_while_another_makes_the_file_waits(tmp_path):
     config = dataclasses.replace(CONFIG, directory=tmp_path)
     with open(tmp_path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        thread = threading.Thread(target=jobs.create, args=(config,))
+        thread = threading.Thread(target=jobs.prepare, args=(config, Log()))
         thread.start()
         thread.join(0.3)
         assert thread.is_alive() and not config.file.exists()

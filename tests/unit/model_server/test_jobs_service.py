@@ -271,9 +271,8 @@ def test_online_requests_come_first(client):
     assert os.getpriority(os.PRIO_PROCESS, consumer_of(client)) == os.getpriority(os.PRIO_PROCESS, 0) + 10
 
 
-@pytest.mark.parametrize("jobs", ["", "/nonexistent"])
-def test_predictions_are_served_without_jobs(short_dir, jobs):
-    with serving(short_dir / "a", SHIPPED / "1.0.0", Path(jobs) if jobs else "") as client:
+def test_predictions_are_served_without_jobs(short_dir):
+    with serving(short_dir / "a", SHIPPED / "1.0.0", "") as client:
         assert len(client.service.children()) == 2
         for method, path in (
             ("POST", "/v1/jobs"),
@@ -283,4 +282,14 @@ def test_predictions_are_served_without_jobs(short_dir, jobs):
             assert client.ask(method, path, {"data": ROW})[::2] == (404, {"error": "jobs are not enabled"})
         assert client.service.predict(ROW)[0] == 200
         assert not [name for name in client.service.metrics() if name.startswith("model_jobs{")]
-        assert ("jobs_unavailable" in client.service.log_file.read_text()) == bool(jobs)
+
+
+def test_a_directory_that_cannot_be_used_is_tried_again(short_dir, tmp_path):
+    missing = tmp_path / "jobs"
+    with serving(short_dir / "a", SHIPPED / "1.0.0", missing) as client:
+        status, headers, _ = client.ask("POST", "/v1/jobs", {"data": ROW})
+        assert (status, headers["Retry-After"]) == (503, "10")
+        assert client.service.predict(ROW)[0] == 200
+        assert "jobs_unavailable" in client.service.log_file.read_text()
+        missing.mkdir()
+        client.service.wait_for(lambda: client.ask("POST", "/v1/jobs", {"data": ROW})[0] == 202, "available")

@@ -168,6 +168,9 @@ def test_killed_processes_come_back_and_counters_stay(short_dir):
         for _ in range(5):
             for worker in (0, 1):
                 service.predict([0.2, 0.6], worker)
+        ok = 'predictions_total{model="simplemodel",status="ok"}'
+        # Answers are counted just after they are sent.
+        service.wait_for(lambda: service.metrics()[ok] == 10, "counting")
         files = sorted(short_dir.glob("model-metrics-*/*"))
         for killed in (1, 2, 3):
             # Children come oldest first, and the control process is older than any worker.
@@ -177,8 +180,8 @@ def test_killed_processes_come_back_and_counters_stay(short_dir):
                 assert service.predict([0.2, 0.6], worker)[0] == 200
             expected = {"wanted": 2, "ready": 2, "restarts": killed}
             service.wait_for(lambda wanted=expected: service.health()[1]["workers"] == wanted, "replaced")
+            service.wait_for(lambda total=10 + 2 * killed: service.metrics()[ok] == total, "counting on")
             found = service.metrics()
-            assert found['predictions_total{model="simplemodel",status="ok"}'] == 10 + 2 * killed
             assert found['prediction_duration_seconds_count{model="simplemodel"}'] == 10 + 2 * killed
             assert found["model_worker_restarts_total"] == killed
             assert found["model_requests_in_progress"] == 0
@@ -187,7 +190,7 @@ def test_killed_processes_come_back_and_counters_stay(short_dir):
 
         os.kill(service.children()[0], signal.SIGKILL)
         service.wait_for(lambda: service.health()[1]["status"] == "ready", "answering again")
-        assert service.metrics()['predictions_total{model="simplemodel",status="ok"}'] == 16
+        assert service.metrics()[ok] == 16
 
 
 def test_sigterm_finishes_what_was_accepted(short_dir, bundle_dir):

@@ -1,0 +1,35 @@
+"""Giving back memory that was needed to load models and isn't needed to serve them."""
+
+import ctypes
+import mmap
+import re
+from pathlib import Path
+
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)")
+
+
+def release_library_pages() -> None:
+    """Unmap the pages of libraries that only the loading needed; what is needed again comes back from the page cache.
+
+    PyTorch's libraries are large, and importing them touches most of their pages once. Only mappings that can't be
+    written to and have no page of the process's own are touched, since such a page would be lost. To be called before
+    the fork, by a process without other threads; where the kernel doesn't tell enough, nothing happens.
+    """
+    library = ctypes.CDLL(None)
+    for start, size in _clean_mappings(Path("/proc/self/smaps").read_text()):
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def _clean_mappings(smaps: str) -> list[tuple[int, int]]:
+    """Address and size in bytes of the read-only mappings of files that hold nothing but what is in the file."""
+    found: list[tuple[int, int]] = []
+    candidate: tuple[int, int] | None = None
+    for line in smaps.splitlines():
+        if head := _MAPPING.fullmatch(line):
+            start, end, permissions, inode = int(head[1], 16), int(head[2], 16), head[3], int(head[4])
+            candidate = (start, end - start) if inode and "w" not in permissions and permissions[3] == "p" else None
+        elif candidate and line.startswith("Anonymous:"):
+            if int(line.split()[1]) == 0:
+                found.append(candidate)
+            candidate = None
+    return found
