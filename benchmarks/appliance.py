@@ -322,9 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = merge(read_rows(output), new)
         where = {**machine(), **host_facts(given)}
         write_figures(output, rows, where)
-        command = (
-            "make bench" if not given.only else "benchmarks/appliance.py " + " ".join(f"--only {n}" for n in given.only)
-        )
+        only = (part for name in given.only or () for part in ("--only", name))
+        command = shlex.join(["benchmarks/appliance.py", *only])
         text = given.document.read_text() if given.document.exists() else ""
         given.document.write_text(with_section(text, section(rows, where, command)))
         print("; ".join(f"{name}: {value}" for name, value in where.items()))

@@ -1,11 +1,14 @@
 """Pages that are given back come back, and none that the process has changed is lost."""
 
 import mmap
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+SERVICE = Path(__file__).resolve().parents[3] / "service"
 PAGES = 64
 SIZE = PAGES * mmap.PAGESIZE
 
@@ -44,7 +47,9 @@ print(touched, left)
 def test_pages_are_given_back_unless_they_were_changed(tmp_path, state):
     path = tmp_path / "library"
     path.write_bytes(bytes(range(256)) * (SIZE // 256))
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(path), state], text=True, capture_output=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(SERVICE)}
+    command = [sys.executable, "-c", SCRIPT, str(path), state]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     touched, left = map(int, done.stdout.split())
     assert touched == SIZE
