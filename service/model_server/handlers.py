@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from model_server.bundle import Bundle, BundleError
+from model_server.payload import BadRequest
 
 # Holds the package ts, our own, with the base classes and helpers that handlers import from TorchServe.
 _TORCHSERVE = str(Path(__file__).with_name("torchserve"))
@@ -26,6 +27,13 @@ def offer_torchserve() -> None:
     """Have ``import ts`` find what stands in for TorchServe."""
     if _TORCHSERVE not in sys.path:
         sys.path.append(_TORCHSERVE)
+
+
+def _prediction_exception() -> type[Exception]:
+    """The class that handlers import; not at the top, since ``offer_torchserve`` comes first."""
+    from ts.utils.util import PredictionException
+
+    return PredictionException
 
 
 class HandlerModule(torch.nn.Module):
@@ -41,8 +49,13 @@ class HandlerModule(torch.nn.Module):
         return [{"body": _body(row)} for row in rows]
 
     def forward(self, data: list[dict[str, Any]]) -> Any:
-        """All of the handler's work."""
-        return self._handle(data, self._context.batch(len(data)))
+        """All of the handler's work. Raises BadRequest where the handler says that a row is the client's fault."""
+        try:
+            return self._handle(data, self._context.batch(len(data)))
+        except Exception as error:
+            if isinstance(error, _prediction_exception()) and 400 <= error.error_code < 500:
+                raise BadRequest(error.message) from error
+            raise
 
     def postprocess(self, output: Any) -> list[Any]:
         """The handler's answers, one for each row."""

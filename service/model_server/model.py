@@ -7,6 +7,7 @@ import torch
 
 from model_server.bundle import Bundle
 from model_server.errors import ModelFailed
+from model_server.payload import BadRequest
 
 
 class Model:
@@ -36,7 +37,8 @@ class Model:
 
         ``parts`` are what ``prepare`` returned: lists with a value for each row, or tensors of shape [rows, …], but not
         both together. A request's outputs are a list with a JSON value for each row, or, where ``wants_tensor`` and
-        the model has no ``postprocess`` of its own, a tensor of shape [rows, …]. Raises ModelFailed.
+        the model has no ``postprocess`` of its own, a tensor of shape [rows, …]. Raises ModelFailed, and BadRequest
+        where a TorchServe handler refuses a row.
         """
         counts = [len(part) for part in parts]
         try:
@@ -50,6 +52,8 @@ class Model:
                 values = values.tolist()
             if not isinstance(values, list) or len(values) != sum(counts):
                 raise TypeError(f"postprocess must return a list with one value for each of {sum(counts)} rows")
+        except BadRequest:
+            raise
         except (Exception, SystemExit) as error:
             raise ModelFailed(f"the model failed: {type(error).__name__}: {error}") from error
         if len(counts) == 1:

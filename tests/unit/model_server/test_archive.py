@@ -15,6 +15,8 @@ import yaml
 from bundle_making import SHIPPED
 from model_server import archive, authoring, bundle_tool, loading
 from model_server.bundle import BundleError, read
+from model_server.errors import ModelFailed
+from model_server.payload import BadRequest
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -207,6 +209,30 @@ class Lengths:
     (mar.parent / "body").write_bytes(b"\x00\xff\x01")
     directory = imported(mar, "--example", str(mar.parent / "body"))
     assert answer(directory, b"\xff" * 5) == 10
+
+
+def test_handler_that_refuses_a_row(archived):
+    handler = """
+from ts.utils.util import PredictionException
+
+def handle(data, context):
+    if data is None:
+        return None
+    for row in data:
+        if row["body"] == b"mine":
+            raise PredictionException("no such word", 513)
+        if row["body"] != b"word":
+            raise PredictionException("only words are taken", 422)
+    return [1 for _ in data]
+"""
+    mar = archived("handler.py", files={"handler.py": handler})
+    mar.with_name("word").write_bytes(b"word")
+    directory = imported(mar, "--example", str(mar.with_name("word")), "--input", "{kind: bytes}")
+    assert answer(directory, b"word") == 1
+    with pytest.raises(BadRequest, match="^only words are taken$"):
+        answer(directory, b"12")
+    with pytest.raises(ModelFailed):
+        answer(directory, b"mine")
 
 
 def test_handler_of_images(archived, tmp_path):

@@ -8,7 +8,9 @@ from typing import Any
 
 
 class PredictionException(Exception):
-    """A request that the handler refuses; ``error_code`` is kept, but clients get the service's own status."""
+    """A request that the handler refuses. Clients get 400 with the message for any ``error_code`` of 400 to 499, else
+    500 without it.
+    """
 
     def __init__(self, message: str, error_code: int = 500) -> None:
         super().__init__(message)
