@@ -31,6 +31,14 @@ class Body:
     content_type: str = "application/json"
     header_length: int | None = None
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What describes it."""
+        found = {"Content-Type": self.content_type}
+        if self.header_length is not None:
+            found["Inference-Header-Content-Length"] = str(self.header_length)
+        return found
+
 
 @dataclass(frozen=True)
 class Closed:
@@ -121,8 +129,12 @@ def saturated(addresses: Sequence[str], path: str, body: Body, *, connections: i
 def _open_loop(
     addresses: Sequence[str], path: str, body: Body, seconds: float, mode: Sequence[str]
 ) -> dict[str, float]:
-    command = [sys.executable, str(_OPEN_LOOP), "--path", path, "--body", body.data.decode(), "--seconds", str(seconds)]
-    output = _output([*command, *mode, *addresses], seconds + _MARGIN_SECONDS, os.environ)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(body.data)
+        file.flush()
+        command = [sys.executable, str(_OPEN_LOOP), "--path", path, "--body", file.name, "--seconds", str(seconds)]
+        command += [f"--header={name}: {value}" for name, value in body.headers.items()]
+        output = _output([*command, *mode, *addresses], seconds + _MARGIN_SECONDS, os.environ)
     return json.loads(output.splitlines()[-1])
 
 

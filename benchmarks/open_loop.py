@@ -137,10 +137,9 @@ class Connection(asyncio.Protocol):
 class Load:
     """A run against some addresses; `closed` where connections send as soon as they are free."""
 
-    def __init__(self, addresses: Sequence[str], path: str, body: bytes, seconds: float, closed: bool) -> None:
+    def __init__(self, addresses: Sequence[str], request: bytes, seconds: float, closed: bool) -> None:
         self.closed = closed
-        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        self.request = head.encode() + b"\r\n\r\n" + body
+        self.request = request
         self.targets = [Target(address, self) for address in addresses]
         self.tasks: set[asyncio.Future] = set()
         self.lags: list[float] = []
@@ -195,7 +194,9 @@ class Load:
 async def run(given: argparse.Namespace) -> dict[str, float]:
     """The figures of one run."""
     closed = given.connections is not None
-    load = Load(given.addresses, given.path, given.body.encode(), given.seconds, closed)
+    body = given.body.read_bytes()
+    head = [f"POST {given.path} HTTP/1.1", "Host: bench", *given.header, f"Content-Length: {len(body)}", "", ""]
+    load = Load(given.addresses, "\r\n".join(head).encode() + body, given.seconds, closed)
     if closed:
         await load.saturate(given.connections)
     else:
@@ -207,7 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("addresses", nargs="+", help="HOST:PORT or unix:PATH; requests go to them in turn")
     parser.add_argument("--path", required=True)
-    parser.add_argument("--body", required=True, help="JSON")
+    parser.add_argument("--body", type=Path, required=True, help="file with the body")
+    parser.add_argument("--header", action="append", default=[], help="'Content-Type: application/json', for example")
     parser.add_argument("--seconds", type=float, required=True)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--rate", type=float, help="requests a second, sent when due")

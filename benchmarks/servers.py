@@ -40,6 +40,10 @@ class Server:
     seconds_to_ready: float
     sockets: Path | None = None
 
+    def worker_addresses(self) -> list[str]:
+        """Where the edge sends requests: to the workers' own sockets in turn."""
+        return [f"unix:{path}" for path in sorted(self.sockets.glob("worker-*.sock"))]
+
     def url(self, path: str | None = None) -> str:
         return f"http://127.0.0.1:{self.port}{path or self.path}"
 
@@ -137,10 +141,7 @@ def post(url: str, body: Body, timeout: float = 10.0) -> tuple[int, bytes, http.
     host, _, path = url.removeprefix("http://").partition("/")
     connection = http.client.HTTPConnection(host, timeout=timeout)
     try:
-        headers = {"Content-Type": body.content_type}
-        if body.header_length is not None:
-            headers["Inference-Header-Content-Length"] = str(body.header_length)
-        connection.request("POST", f"/{path}", body.data, headers)
+        connection.request("POST", f"/{path}", body.data, body.headers)
         answer = connection.getresponse()
         return answer.status, answer.read(), answer.headers
     finally:

@@ -17,7 +17,7 @@ from model_server import modules, payload, speed  # noqa: E402
 from model_server.bundle import EXAMPLES, Bundle, BundleError, Example  # noqa: E402
 from model_server.core import Models  # noqa: E402
 from model_server.errors import ModelFailed  # noqa: E402
-from model_server.memory import release_library_pages  # noqa: E402
+from model_server.memory import keep_batch_memory, release_library_pages  # noqa: E402
 from model_server.model import Model  # noqa: E402
 
 # Before anything touches weights: a fork after a parallel region of OpenMP hangs in the child for ever.
@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 
 def load(bundle: Bundle) -> Models:
     """Load, warm up and self-test the models, ready to be shared with forked workers. Raises BundleError."""
+    keep_batch_memory()
     threads_before = _threads()
     models = []
     for part in bundle.models:

@@ -1,10 +1,14 @@
-"""Giving back memory that was needed to load models and isn't needed to serve them."""
+"""Memory of the process: what loading needed and serving doesn't is given back, what batches need again is kept."""
 
 import ctypes
 import mmap
 import re
 from pathlib import Path
 
+# From malloc.h, and the largest that glibc takes: half of what an arena of a thread may grow by.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT = 32 << 20
+_MOST_KEPT = 1 << 30
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)")
 
 
@@ -18,6 +22,19 @@ def release_library_pages() -> None:
     library = ctypes.CDLL(None)
     for start, size in _clean_mappings(Path("/proc/self/smaps").read_text()):
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def keep_batch_memory() -> None:
+    """Have malloc keep what a batch has freed for the next one.
+
+    By default it is given back to the kernel after each batch where another than the main thread runs the model, and
+    the page faults of taking it again cost a ResNet18 a tenth of its rate. Children inherit this.
+    """
+    library = ctypes.CDLL(None)
+    # Not every libc has it; then batches are a little slower.
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        library.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
 
 
 def _clean_mappings(smaps: str) -> list[tuple[int, int]]:

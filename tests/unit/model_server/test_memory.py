@@ -54,3 +54,38 @@ def test_pages_are_given_back_unless_they_were_changed(tmp_path, state):
     touched, left = map(int, done.stdout.split())
     assert touched == SIZE
     assert left == (0 if state == "clean" else SIZE)
+
+
+FAULTS = """
+import resource, sys, threading
+from model_server.memory import keep_batch_memory
+import torch
+torch.set_num_threads(1)
+
+if "kept" in sys.argv:
+    keep_batch_memory()
+
+def batches():
+    for number in range(60):
+        # 30 and 5 MiB: together more than malloc keeps by itself.
+        kept = [torch.ones(size << 18) for size in (30, 5)]
+        del kept
+        if number == 9:
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+faults = []
+thread = threading.Thread(target=batches)
+thread.start()
+thread.join()
+print(faults[1] - faults[0])
+"""
+
+
+def test_a_batch_gets_the_memory_of_the_one_before():
+    def faults(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(SERVICE)}
+        command = [sys.executable, "-W", "ignore", "-c", FAULTS, *arguments]
+        return int(subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout)
+
+    assert faults("kept") * 10 < faults()
