@@ -5,8 +5,8 @@ import mmap
 import re
 from pathlib import Path
 
-# From malloc.h, and the largest that glibc takes: half of what an arena of a thread may grow by.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# From malloc.h, and the largest that glibc takes.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_KEPT = 32 << 20
 _MOST_KEPT = 1 << 30
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)")
@@ -28,11 +28,14 @@ def keep_batch_memory() -> None:
     """Have malloc keep what a batch has freed for the next one.
 
     By default it is given back to the kernel after each batch where another than the main thread runs the model, and
-    the page faults of taking it again cost a ResNet18 a tenth of its rate. Children inherit this.
+    the page faults of taking it again cost a ResNet18 a tenth of its rate. Children inherit this. To be called before
+    there are threads.
     """
     library = ctypes.CDLL(None)
     # Not every libc has it; then batches are a little slower.
     if hasattr(library, "mallopt"):
+        # Threads get no arenas of their own, which are given back whole whatever the thresholds are.
+        library.mallopt(_M_ARENA_MAX, 1)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
         library.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
 
