@@ -10,7 +10,7 @@ LAB := $(PYTHON) -m lab
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help up status swap rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
+.PHONY: help up status deploy swap rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
   load bench bench-appliance bench-service serve bundle lock
 
 help: ## list the targets
@@ -24,6 +24,9 @@ status: ## which colour is production?
 
 swap: ## make the idle colour live
 	@$(LAB) play swap
+
+deploy: ## place a bundle on the idle colour: make deploy BUNDLE=bundles/digits/1.0.0
+	@$(LAB) play deploy -e bundle=$(BUNDLE)
 
 rollback: ## go back to the colour that was live before
 	@$(LAB) play rollback

@@ -13,10 +13,9 @@ IMAGES = [(base64.b64decode(each["request"]["data"]), each["response"]["output"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def digits(host, playbook):
+def digits(playbook):
     """Digits on the idle colour, and afterwards what the inventory says."""
-    idle = json.loads(host.check_output("appliance status --json").splitlines()[-1])["idle"]
-    placed = playbook("site", "--tags", "releases", "-e", json.dumps({"rollout_releases": {idle: str(BUNDLE)}}))
+    placed = playbook("deploy", "-e", f"bundle={BUNDLE}")
     assert placed.returncode == 0, placed.stdout[-3000:]
     yield
     assert playbook("site", "--tags", "releases").returncode == 0
