@@ -53,7 +53,7 @@ class HandlerModule(torch.nn.Module):
         try:
             return self._handle(data, self._context.batch(len(data)))
         except Exception as error:
-            if isinstance(error, _prediction_exception()) and 400 <= error.error_code < 500:
+            if isinstance(error, _prediction_exception()) and error.error_code in range(400, 500):
                 raise BadRequest(error.message) from error
             raise
 

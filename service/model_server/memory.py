@@ -8,7 +8,7 @@ from pathlib import Path
 # From malloc.h, and the largest that glibc takes.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_KEPT = 32 << 20
-_MOST_KEPT = 1 << 30
+_MOST_KEPT = 256 << 20
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)")
 
 
@@ -20,7 +20,11 @@ def release_library_pages() -> None:
     the fork, by a process without other threads; where the kernel doesn't tell enough, nothing happens.
     """
     library = ctypes.CDLL(None)
-    for start, size in _clean_mappings(Path("/proc/self/smaps").read_text()):
+    try:
+        smaps = Path("/proc/self/smaps").read_text(errors="replace")
+    except OSError:
+        return
+    for start, size in _clean_mappings(smaps):
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 

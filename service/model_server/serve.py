@@ -27,7 +27,7 @@ def main() -> int:
             "MODEL_PORT": str(given.port),
             "MODEL_SOCKET_DIR": sockets,
         }
-        if given.workers:
+        if given.workers is not None:
             os.environ["MODEL_WORKERS"] = str(given.workers)
         print(
             f"http://{given.host}:{given.port}/docs shows what can be asked once it is ready; Ctrl+C ends it.",

@@ -1,5 +1,6 @@
 """`deploy.yml`: a bundle from a directory or an archive on the idle colour, and what it refuses."""
 
+import hashlib
 import io
 import shutil
 import tarfile
@@ -29,6 +30,17 @@ def untouched(edge, engine):
     assert edge.predict().headers["x-model-colour"] == before["live"]
 
 
+def changed_copy(directory, **fields):
+    """A copy of a good bundle with other fields in its manifest, and the right checksums."""
+    shutil.copytree(SOURCE, directory)
+    manifest = yaml.safe_load((directory / "manifest.yaml").read_text()) | fields
+    (directory / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    files = sorted(path for path in directory.iterdir() if path.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (directory / "SHA256SUMS").write_text("".join(lines))
+    return directory
+
+
 def archived(path, source):
     with tarfile.open(path, "w:gz") as archive:
         archive.add(source, arcname=source.name)
@@ -55,19 +67,40 @@ def test_a_truncated_archive(playbook, untouched, tmp_path):
     assert refused.returncode != 0 and "gzip" in refused.stdout
 
 
-def test_an_archive_that_escapes(playbook, untouched, tmp_path):
+def test_an_archive_that_escapes(playbook, untouched, tmp_path, monkeypatch):
     archive = tmp_path / "model.tar.gz"
     with tarfile.open(archive, "w:gz") as made:
         made.add(SOURCE, arcname="1.1.0")
-        outside = tarfile.TarInfo("../../escaped")
-        outside.size = 4
-        made.addfile(outside, io.BytesIO(b"gone"))
-        link = tarfile.TarInfo("1.1.0/link")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        made.addfile(link)
-    refused = playbook("deploy", "-e", f"bundle={archive}")
-    assert refused.returncode != 0
-    assert not list(tmp_path.parent.rglob("escaped"))
+        for name in ("../escaped", "../../escaped", str(tmp_path / "escaped")):
+            outside = tarfile.TarInfo(name)
+            outside.size = 4
+            made.addfile(outside, io.BytesIO(b"gone"))
+    # Where it is unpacked, so that what escapes would land where this test looks.
+    scratch = tmp_path / "a" / "b"
+    scratch.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    playbook("deploy", "-e", f"bundle={archive}")
+    assert [path for path in tmp_path.rglob("escaped*") if scratch not in path.parents] == []
+    assert list(scratch.glob("bundle-*")) == []
+
+
+def test_links(playbook, untouched, tmp_path, monkeypatch):
+    broken = changed_copy(tmp_path / "broken")
+    (broken / "weights.pth").rename(tmp_path / "weights.pth")
+    (broken / "weights.pth").symlink_to(tmp_path / "weights.pth")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for source in (broken, archived(tmp_path / "model.tar.gz", broken)):
+        refused = playbook("deploy", "-e", f"bundle={source}")
+        assert refused.returncode != 0 and "links" in refused.stdout, refused.stdout[-2000:]
+    assert list(tmp_path.glob("bundle-*")) == []
+
+
+@pytest.mark.parametrize(("name", "version"), [("../../../../tmp/x", "1"), ("simplemodel", "1 --image x"), ("a", "..")])
+def test_names_that_are_paths_or_options(host, playbook, untouched, tmp_path, name, version):
+    broken = changed_copy(tmp_path / "broken", name=name, version=version)
+    refused = playbook("deploy", "-e", f"bundle={broken}")
+    assert refused.returncode != 0 and "must be small letters" in refused.stdout, refused.stdout[-2000:]
+    assert not host.file("/tmp/x").exists
 
 
 @pytest.mark.parametrize(
@@ -95,10 +128,13 @@ def test_no_bundle_named(playbook, untouched):
     assert refused.returncode != 0 and "-e bundle=PATH" in refused.stdout
 
 
-def test_a_wrong_checksum(playbook, untouched, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(SOURCE, broken)
-    manifest = yaml.safe_load((broken / "manifest.yaml").read_text()) | {"version": "9.9.9"}
-    (broken / "manifest.yaml").write_text(yaml.safe_dump(manifest))
-    refused = playbook("deploy", "-e", f"bundle={broken}")
-    assert refused.returncode != 0 and "checksum" in refused.stdout
+def test_what_is_damaged_does_not_stay(host, playbook, engine, untouched, tmp_path):
+    bundle = changed_copy(tmp_path / "bundle", version="9.9.9")
+    good = (bundle / "weights.pth").read_bytes()
+    (bundle / "weights.pth").write_bytes(good[:-1] + b"x")
+    refused = playbook("deploy", "-e", f"bundle={bundle}")
+    assert refused.returncode != 0 and "checksum" in refused.stdout, refused.stdout[-2000:]
+    assert not host.file("/var/lib/appliance/bundles/simplemodel/9.9.9").exists
+    (bundle / "weights.pth").write_bytes(good)
+    assert playbook("deploy", "-e", f"bundle={bundle}").returncode == 0
+    assert engine("status")["colours"][untouched["idle"]]["version"] == "9.9.9"

@@ -68,7 +68,7 @@ class _Consumer:
         for job in self._store.recover(self._colour):
             self._note(job, "failed")
         # The table has all of it, and in the right order.
-        self._queue.clear()
+        self._refill()
         self._upkeep()
         self._thread.start()
 
@@ -102,13 +102,18 @@ class _Consumer:
         if adopted:
             self._log.warning("jobs_adopted", f"{adopted} jobs of a colour that is down are taken over", jobs=adopted)
             # They are older than what waits here: filled from the table again, the queue is in the right order.
-            self._queue.clear()
+            self._refill()
         for job in failed:
             self._note(job, "failed")
         # A process that died between the table and the queue has left jobs in the table alone.
         if self._queue.is_empty():
-            for job_id in self._store.waiting(self._colour):
-                self._queue.put(job_id)
+            self._refill()
+
+    def _refill(self) -> None:
+        self._queue.clear()
+        # Workers may add new jobs meanwhile, which are then there twice: the second time there's nothing to claim.
+        for job_id in self._store.waiting(self._colour):
+            self._queue.put(job_id)
 
     def _work(self) -> None:
         try:

@@ -19,6 +19,7 @@ from model_server.errors import ModelFailed
 from model_server.payload import BadRequest
 from PIL import Image
 from safetensors.torch import save_file
+from service_process import running
 
 MODEL = (SHIPPED / "1.0.0" / "model.py").read_text().replace("hidden: int)", "hidden: int = 4)")
 WEIGHTS = SHIPPED / "1.0.0" / "weights.pth"
@@ -211,7 +212,7 @@ class Lengths:
     assert answer(directory, b"\xff" * 5) == 10
 
 
-def test_handler_that_refuses_a_row(archived):
+def test_handler_that_refuses_a_row(archived, short_dir):
     handler = """
 from ts.utils.util import PredictionException
 
@@ -233,6 +234,12 @@ def handle(data, context):
         answer(directory, b"12")
     with pytest.raises(ModelFailed):
         answer(directory, b"mine")
+    with running(short_dir, directory, MODEL_WORKERS=1) as service:
+        service.wait_ready()
+        for body, wanted in ((b"word", (200, 1)), (b"12", (400, "only words are taken"))):
+            status, _, found = service.ask("worker-0", "POST", "/predictions/net", body)
+            found = json.loads(found)
+            assert (status, found["message"] if status == 400 else found) == wanted
 
 
 def test_handler_of_images(archived, tmp_path):
