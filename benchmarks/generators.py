@@ -48,8 +48,6 @@ class Closed:
     answered: int
     refused: int
     broken: int
-    p50_ms: float
-    p99_ms: float
 
     @property
     def rate(self) -> float:
@@ -73,8 +71,6 @@ def wrk(url: str, body: Body, connections: int, seconds: float) -> Closed:
         file.write(body.data)
         file.flush()
         settings = {"BODY_FILE": file.name, "CONTENT_TYPE": body.content_type}
-        if body.header_length is not None:
-            settings["HEADER_LENGTH"] = str(body.header_length)
         # wrk takes whole seconds.
         duration = max(1, round(seconds))
         command = ["wrk", "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "10s", "-s", str(_SCRIPT)]
@@ -90,7 +86,7 @@ def parse_wrk(output: str) -> Closed:
     if found["requests"] == 0 or found["seconds"] <= 0:
         raise BenchError(f"no request was answered: {line}")
     answered = found["requests"] - found["refused"]
-    return Closed(found["seconds"], answered, found["refused"], found["broken"], found["p50_ms"], found["p99_ms"])
+    return Closed(found["seconds"], answered, found["refused"], found["broken"])
 
 
 def ab(url: str, body: Body, requests: int, connections: int) -> Ab:

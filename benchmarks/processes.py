@@ -104,7 +104,8 @@ class Process:
         members = self.samples()
         try:
             for sample in members:
-                os.kill(sample.pid, signal.SIGSTOP)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(sample.pid, signal.SIGSTOP)
             yield
         finally:
             for sample in members:

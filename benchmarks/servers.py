@@ -59,9 +59,7 @@ class Plan:
 
 
 @contextmanager
-def ours(
-    bundle: Path = SIMPLEMODEL, workers: int = WORKERS, settings: Mapping[str, str] | None = None
-) -> Iterator[Server]:
+def ours(bundle: Path = SIMPLEMODEL, workers: int = WORKERS) -> Iterator[Server]:
     """The model service as it is in production, with its log in a file, but without its container."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/var/tmp") as folder:
         sockets = Path(folder) / "run"
@@ -75,7 +73,6 @@ def ours(
             "MODEL_WORKERS": str(workers),
             "MODEL_HOST": "127.0.0.1",
             "MODEL_PORT": str(port),
-            **(settings or {}),
         }
         command = [sys.executable, "-m", "model_server"]
         with _running("model service", command, environment, ROOT / "service", Path(folder), port) as server:
@@ -151,7 +148,10 @@ def post(url: str, body: Body, timeout: float = 10.0) -> tuple[int, bytes, http.
 def check_answer(server: Server) -> None:
     """Raise BenchError unless the server answers simplemodel's example rightly: a wrong answer isn't worth timing."""
     body, expected = simplemodel_example()
-    status, data, _ = post(server.url(), body)
+    try:
+        status, data, _ = post(server.url(), body)
+    except (OSError, http.client.HTTPException) as error:
+        raise BenchError(f"{server.name} doesn't answer: {error}") from error
     if not _is_right(status, data, expected):
         raise BenchError(f"{server.name} answers {status} {data[:200]!r}, not 200 and {expected}")
 

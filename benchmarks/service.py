@@ -98,10 +98,10 @@ class Rounds:
         """Requests refused or broken, of all rounds."""
         return sum(run.refused + run.broken for run in self.runs)
 
-    def add(self, server: Server, body: Body, connections: int, seconds: float, path: str | None = None) -> None:
+    def add(self, server: Server, body: Body, connections: int, seconds: float) -> None:
         """Measure one more round."""
         before = server.process.samples()
-        self.runs.append(wrk(server.url(path), body, connections, seconds))
+        self.runs.append(wrk(server.url(), body, connections, seconds))
         self.cpu_seconds.append(cpu_between(before, server.process.samples()))
 
 
