@@ -111,15 +111,29 @@ def test_documents(edge, prefix):
     assert edge.request("GET", f"{prefix}/docs/swagger-ui-bundle.js").status == 200
 
 
-def test_a_job_outlives_a_swap(edge, engine, eventually):
+@pytest.fixture
+def held(host, live):
+    """The live colour's process for jobs, stopped, so that what is submitted stays pending until it may go on."""
+    parent = host.check_output(f"docker inspect --format '{{{{.State.Pid}}}}' model-{live}").strip()
+    # It is forked after the workers.
+    process = host.check_output(f"pgrep -P {parent}").split()[-1]
+    host.check_output(f"kill -STOP {process}")
+    yield process
+    host.run(f"kill -CONT {process}")
+
+
+def test_a_job_outlives_a_swap(host, edge, engine, held, eventually):
     before = engine("status")
     submitted = edge.predict("/v1/jobs", {"data": ROWS})
     assert submitted.status == 202, submitted.text
     job = submitted.headers["location"]
-    assert edge.request("GET", job).json["id"] == job.rpartition("/")[2]
     assert engine("swap")["live"] == before["idle"]
     try:
+        for prefix in ("", "/test"):
+            assert edge.request("GET", f"{prefix}{job}").json["status"] == "pending"
+        host.check_output(f"kill -CONT {held}")
         eventually(lambda: edge.request("GET", job).json["status"] == "completed", what="the job's completion")
+        assert edge.request("GET", job).json["ran_by"]["colour"] == before["live"]
         result = edge.request("GET", f"{job}/result")
         assert len(result.json["output"]) == len(ROWS)
         assert result.headers["x-model-colour"] == before["idle"]
@@ -127,8 +141,9 @@ def test_a_job_outlives_a_swap(edge, engine, eventually):
         assert engine("swap")["live"] == before["live"]
 
 
-def test_jobs_outlive_a_killed_container(host, edge, live, engine, eventually):
-    jobs = [edge.predict("/v1/jobs", {"data": ROWS}).headers["location"] for _ in range(100)]
+def test_jobs_outlive_a_killed_container(host, edge, live, engine, held, eventually):
+    jobs = [edge.predict("/v1/jobs", {"data": ROWS}).headers["location"] for _ in range(10)]
+    assert {edge.request("GET", job).json["status"] for job in jobs} == {"pending"}
     host.check_output(f"docker kill model-{live}")
 
     def done():
