@@ -20,6 +20,9 @@ def release_library_pages() -> None:
     the fork, by a process without other threads; where the kernel doesn't tell enough, nothing happens.
     """
     library = ctypes.CDLL(None)
+    # Also what loading has freed: as much as the weights, where they were read into a buffer first.
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
     try:
         smaps = Path("/proc/self/smaps").read_text(errors="replace")
     except OSError:
