@@ -67,7 +67,7 @@ TAIL_BAR = 3.0
 SLOW_S = 0.02
 OVERLOAD_CONNECTIONS = 64
 SERVED_BAR, SHED_BAR_MS, HEALTH_BAR_MS, GROWTH_BAR = 0.9, 50.0, 100.0, 5.0
-HEALTH_PERIOD_S, MEMORY_PERIOD_S = 0.1, 1.0
+HEALTH_PERIOD_S, MEMORY_PERIOD_S = 0.1, 3.0
 MEMORY_BAR, WEIGHTS_MIB, WEIGHTS_WORKERS, WEIGHTS_BAR = 0.6, 200, 4, 1.5
 IMAGE_CLIENTS, IMAGE_BATCHES, IMAGE_BAR = 16, (1, 2, 4, 8, 16), 0.95
 # What is under way at the end of a round doesn't count: with 16 images of 35 a second, short rounds would be unfair.
