@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -99,11 +100,15 @@ def _predict(lab: machine.Machine) -> tuple[str, dict[str, str]]:
         url, data=json.dumps(EXAMPLE).encode(), headers={"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
-            return response.read().decode().strip(), dict(response.headers)
-    except urllib.error.URLError as error:
-        body = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
-        raise LabError(f"POST {url} failed: {error} {body}\nLook with `make status` and `make shell`.") from error
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+                return response.read().decode().strip(), dict(response.headers)
+        except urllib.error.HTTPError as refused:
+            failure = f"{refused} {refused.read().decode(errors='replace')}"
+    # Also while an answer is read: not all of that is a URLError.
+    except (OSError, http.client.HTTPException) as error:
+        failure = repr(error)
+    raise LabError(f"POST {url} failed: {failure}\nLook with `make status` and `make shell`.")
 
 
 def _warn_about_grafana(lab: machine.Machine, reason: str) -> None:
@@ -191,14 +196,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         for field, text_, kind in (
             ("suite", "Debian release: " + ", ".join(image.SUITES), str),
-            ("mirror", "Debian mirror", str),
+            ("mirror", "Debian mirror for images that no registry brings", str),
             ("grafana_repository", "Grafana's apt repository", str),
             ("ssh_port", "port on 127.0.0.1 for SSH; 0 = any free one", int),
             ("edge_port", "port on 127.0.0.1 for nginx; 0 = any free one", int),
             ("prometheus_port", "port on 127.0.0.1 for the tunnel to Prometheus", int),
             ("grafana_port", "port on 127.0.0.1 for the tunnel to Grafana", int),
         ):
-            variable = f"LAB_{field.upper()}"
+            variable = "LAB_DEBIAN_MIRROR" if field == "mirror" else f"LAB_{field.upper()}"
             default = os.environ.get(variable) or ports.get(field, getattr(defaults, field))
             sub.add_argument(f"--{field.replace('_', '-')}", type=kind, default=default, help=f"{text_} [{variable}]")
     sub = named("play", "run a playbook against the lab")

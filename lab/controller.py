@@ -88,11 +88,13 @@ def default_route_mtu() -> int:
 
 
 def _extra_indexes() -> list[str]:
-    """Further indexes that pip uses here, and PyTorch's where nothing says that it comes from elsewhere."""
+    """Further indexes that pip uses here, and PyTorch's where there are none and no wheels either.
+
+    An index in PyPI's place (`index-url`) may be its mirror, and so changes nothing.
+    """
     settings = _pip_settings()
     given = settings.get("extra-index-url", "").split()
-    elsewhere = given or settings.get("find-links") or settings.get("index-url")
-    return given if elsewhere else [TORCH_INDEX]
+    return given if given or settings.get("find-links") else [TORCH_INDEX]
 
 
 def _is_local(url: str) -> bool:

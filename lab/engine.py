@@ -13,6 +13,8 @@ from lab.console import LabError, run, say, step, succeeds, wait_until
 
 LOG = Path("/var/log/appliance-lab-dockerd.log")
 PID = Path("/run/appliance-lab-dockerd.pid")
+# Label of what the lab makes in the engine: the checkout that it belongs to.
+OWNER = "appliance.lab.checkout"
 APT_LOCK = Path("/run/appliance-lab-apt.lock")
 
 

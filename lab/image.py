@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from lab import engine
+from lab import controller, engine
 from lab.console import LabError, run, step, succeeds
 
 SOURCES = Path(__file__).parent / "image"
@@ -47,15 +47,17 @@ def ensure(suite: str, mirror: str) -> str:
             base = _bootstrap(suite, mirror)
         run(
             ["docker", "build", "--quiet", "--build-arg", f"BASE_IMAGE={base}"]
-            + ["--build-arg", f"PACKAGES={' '.join(PACKAGES)}", "--tag", name, SOURCES]
+            + ["--build-arg", f"PACKAGES={' '.join(PACKAGES)}", "--tag", name]
+            + ["--label", f"{engine.OWNER}={controller.PROJECT}", SOURCES]
         )
     return name
 
 
 def remove_all() -> None:
-    """Remove every image that this module built."""
+    """Remove every image that this checkout built; another one's labs may stand on the others."""
+    ours = ["--filter", f"label={engine.OWNER}={controller.PROJECT}", "--format", "{{.Repository}}:{{.Tag}}"]
     for repository in ("appliance-lab", "appliance-lab-base"):
-        names = run(["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", repository]).split()
+        names = run(["docker", "image", "ls", *ours, repository]).split()
         for name in names:
             succeeds(["docker", "image", "rm", name])
 
@@ -76,7 +78,9 @@ def _bootstrap(suite: str, mirror: str) -> str:
         # /tmp may be mounted noexec, where the maintainer scripts of the new tree could not run.
         environment = {**os.environ, "TMPDIR": "/var/tmp"}  # noqa: S108
         archive = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
-        loaded = subprocess.Popen(["docker", "import", "-", name], stdin=archive.stdout, stdout=log, stderr=log)
+        label = f'--change=LABEL {engine.OWNER}="{controller.PROJECT}"'
+        load = ["docker", "import", label, "-", name]
+        loaded = subprocess.Popen(load, stdin=archive.stdout, stdout=log, stderr=log)
         # The engine's end alone must hold the pipe: else, where that dies, the bootstrap waits for a reader for ever.
         archive.stdout.close()
         statuses = loaded.wait(), archive.wait()

@@ -22,8 +22,6 @@ CAPABILITIES = [
 USER = "admin"
 # Relative to the machine's directory: the absolute path of a deep checkout would exceed a socket's 107 bytes.
 TUNNEL_SOCKET = "tunnel"
-# Label of a container: the checkout that it belongs to, which has its key.
-OWNER = "appliance.lab.checkout"
 GRAFANA_REPOSITORY = "https://apt.grafana.com"
 
 
@@ -79,8 +77,13 @@ def is_running(machine: Machine) -> bool:
 def create(wanted: Machine) -> Machine:
     """Create and boot the machine, or start it again where it exists; return it with its real ports.
 
+    A machine of this checkout whose boot was never finished is made anew: nothing can have been done with it.
+
     :raises LabError: when a machine of that name is another checkout's, or was made with other settings.
     """
+    if exists(wanted) and owner(wanted) == controller.PROJECT and not (wanted.directory / "lab.json").exists():
+        with step(f"Removing what an unfinished run left of the lab '{wanted.name}'"):
+            destroy(wanted)
     # First, so that `down` finds something to remove however far this gets.
     wanted.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not exists(wanted):
@@ -106,7 +109,7 @@ def exists(machine: Machine) -> bool:
 
 def owner(machine: Machine) -> Path:
     """The checkout that an existing machine was made from, which has its key."""
-    inspect = ["docker", "inspect", "--format", f'{{{{index .Config.Labels "{OWNER}"}}}}', machine.container]
+    inspect = ["docker", "inspect", "--format", f'{{{{index .Config.Labels "{engine.OWNER}"}}}}', machine.container]
     return Path(run(inspect).strip() or "/nonexistent")
 
 
@@ -191,10 +194,10 @@ def _require_free(port: int, variable: str) -> None:
 def _require_same(wanted: Machine) -> None:
     """Refuse what an existing machine can't become; a changed port of the tunnel is simply opened anew."""
     made_from = owner(wanted)
-    if made_from != controller.PROJECT or not (wanted.directory / "lab.json").exists():
+    if made_from != controller.PROJECT:
         raise LabError(
-            f"A lab named '{wanted.name}' exists already, made from {made_from}, or it was never finished. Remove it "
-            "there with `make down`, or choose another name and ports: make up LAB_NAME=second LAB_EDGE_PORT=8081 "
+            f"A lab named '{wanted.name}' exists already, made from {made_from}. Remove it there with `make down`, "
+            "or choose another name and ports: make up LAB_NAME=second LAB_EDGE_PORT=8081 "
             "LAB_PROMETHEUS_PORT=9091 LAB_GRAFANA_PORT=3001 LAB_SSH_PORT=2223"
         )
     made = load(wanted.name)
@@ -224,7 +227,7 @@ def _start_container(machine: Machine, image_name: str) -> None:
     ]
     options += [
         "--env=container=docker",
-        f"--label={OWNER}={controller.PROJECT}",
+        f"--label={engine.OWNER}={controller.PROJECT}",
         f"--name={machine.container}",
         "--hostname=lab",
         f"--network={machine.container}",

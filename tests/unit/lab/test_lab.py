@@ -3,15 +3,18 @@
 import argparse
 import json
 import os
+import re
 import socket
+import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from lab import controller, engine, image, machine
-from lab.__main__ import _lab_name, _parser
+from lab.__main__ import _lab_name, _machine_from, _parser, _predict
 from lab.console import LabError, run, wait_until
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -64,6 +67,21 @@ def test_the_image_is_named_after_its_sources(monkeypatch, tmp_path):
     assert image.tag("trixie") != before
 
 
+def test_only_what_this_checkout_built_is_removed(monkeypatch):
+    commands = []
+    monkeypatch.setattr(image, "succeeds", lambda command: commands.append(command) or command[1] != "image")
+    monkeypatch.setattr(image, "run", lambda command: commands.append(command) or "appliance-lab:one\n")
+    image.ensure("trixie", "http://mirror")
+    build = commands[-1]
+    label = build[build.index("--label") + 1]
+    assert label.endswith(f"={PROJECT}")
+    commands.clear()
+    image.remove_all()
+    listings = [command for command in commands if command[:3] == ["docker", "image", "ls"]]
+    assert [command[command.index("--filter") + 1] for command in listings] == [f"label={label}"] * 2
+    assert ["docker", "image", "rm", "appliance-lab:one"] in commands
+
+
 def test_an_unknown_release_is_refused():
     with pytest.raises(LabError, match="bookworm, trixie"):
         image.ensure("sid", "http://mirror")
@@ -95,6 +113,31 @@ def test_the_cpu_index_of_pytorch_is_the_default(monkeypatch):
     assert controller.package_sources()["pip_extra_index_urls"] == [controller.TORCH_INDEX]
 
 
+def test_a_mirror_in_the_place_of_pypi_leaves_the_cpu_index_of_pytorch(monkeypatch):
+    monkeypatch.setattr(controller, "_pip_settings", lambda: {"index-url": "https://mirror.example/simple"})
+    sources = controller.package_sources()
+    assert sources["pip_index_url"] == "https://mirror.example/simple"
+    assert sources["pip_extra_index_urls"] == [controller.TORCH_INDEX]
+
+
+@pytest.mark.parametrize("setting", ["extra-index-url", "find-links"])
+def test_further_sources_of_the_controller_stand_in_for_the_cpu_index_of_pytorch(monkeypatch, setting):
+    monkeypatch.setattr(controller, "_pip_settings", lambda: {setting: "https://own.example"})
+    assert controller.TORCH_INDEX not in controller.package_sources()["pip_extra_index_urls"]
+
+
+def test_every_variable_of_the_makefile_reaches_the_machine(monkeypatch):
+    head = (PROJECT / "Makefile").read_text().partition("SHELL")[0]
+    variables = set(re.findall(r"LAB_[A-Z_]+(?!=)\b", head))
+    values = {name: "2201" if name.endswith("_PORT") else name.lower().replace("_", "-") for name in variables}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    made = _machine_from(_parser().parse_args(["up"]))
+    taken = {str(getattr(made, field)) for field in machine.Machine.__dataclass_fields__}
+    assert "LAB_DEBIAN_MIRROR" in variables
+    assert set(values.values()) <= taken
+
+
 @pytest.mark.parametrize("name", ["..", ".", "/home", "UP", "", "-x"])
 def test_a_name_that_would_lead_elsewhere_is_refused(name):
     # The check alone: were it missing, a command would remove what the name leads to.
@@ -114,6 +157,77 @@ def test_a_taken_port_is_found_at_once():
         taken.listen()
         with pytest.raises(LabError, match="LAB_PROMETHEUS_PORT"):
             machine._require_free(taken.getsockname()[1], "LAB_PROMETHEUS_PORT")
+
+
+class FakeEngine:
+    """Answers `docker` for one machine's container, volume and network, which are there or not."""
+
+    def __init__(self, owner: Path) -> None:
+        self.owner = owner
+        self.there = {"container", "volume", "network"}
+
+    def succeeds(self, command: list) -> bool:
+        return command[1] in self.there
+
+    def run(self, command: list, **_) -> str:
+        if command[1] == "inspect":
+            return str(self.owner)
+        if "rm" in command:
+            self.there.discard("container" if command[1] == "rm" else command[1])
+        return ""
+
+
+@pytest.fixture
+def unfinished(monkeypatch, tmp_path):
+    """Run `create` for a machine that an earlier run left while it booted; give the fake engine that it found."""
+
+    def create(owner: Path) -> FakeEngine:
+        found = FakeEngine(owner)
+        monkeypatch.setattr(machine, "STATE", tmp_path)
+        for name in ("succeeds", "run"):
+            monkeypatch.setattr(machine, name, getattr(found, name))
+        monkeypatch.setattr(image, "ensure", lambda suite, mirror: "image")
+        monkeypatch.setattr(machine, "_create_key", lambda directory: (directory / "id_ed25519").touch())
+        monkeypatch.setattr(machine, "_start_container", lambda lab, name: found.there.add("container"))
+        monkeypatch.setattr(machine, "_finish", lambda lab: lab)
+        machine.create(machine.Machine(name="half"))
+        return found
+
+    return create
+
+
+def test_a_boot_that_was_interrupted_is_begun_anew(unfinished, tmp_path):
+    assert unfinished(PROJECT).there == {"container"}
+    assert (tmp_path / "half/id_ed25519").exists()
+
+
+def test_what_another_checkout_left_unfinished_stays(unfinished):
+    with pytest.raises(LabError, match="made from /elsewhere"):
+        unfinished(Path("/elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[", b"reset", b"no HTTP\r\n\r\n"]
+)
+def test_an_answer_that_breaks_off_is_a_readable_error(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                if answer == b"reset":
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
+                else:
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        lab = machine.Machine(name="x", edge_port=server.getsockname()[1])
+        with pytest.raises(LabError, match="(?s)POST http://127.0.0.1:.*make status"):
+            _predict(lab)
+        thread.join()
 
 
 def test_a_missing_lab_is_named(monkeypatch, tmp_path):
