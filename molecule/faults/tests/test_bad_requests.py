@@ -72,6 +72,16 @@ def test_broken_http_gets_json_too(edge, raw):
     assert json.loads(body)["error"]
 
 
+@pytest.mark.parametrize("path", ["/%74est/predict", "/./test/predict", "//test/predict"])
+def test_another_spelling_is_logged_with_the_side_that_answered(host, edge, engine, path):
+    request_id = f"spelled-{path.encode().hex()}"
+    answer = edge.predict(path, **{"X-Request-ID": request_id})
+    assert answer.headers["x-model-colour"] == engine("status")["idle"]
+    lines = host.file("/var/log/nginx/test_access.log").content_string.splitlines()
+    entry = next(json.loads(line) for line in lines if request_id in line)
+    assert (entry["environment"], entry["path"]) == ("test", path)
+
+
 def test_an_error_of_nginx_is_logged_as_what_was_asked(host, edge):
     edge.request("POST", "/test/predict", b" " * 9_000_000, {"X-Request-ID": "too-large-for-test"})
     lines = host.file("/var/log/nginx/test_access.log").content_string.splitlines()
