@@ -11,7 +11,6 @@ import asyncio
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,18 +36,19 @@ from swap_runs import (  # noqa: E402
 )
 
 from benchmarks import report  # noqa: E402
-from benchmarks.report import BenchError, Row, machine, read_rows, section, table, write_figures  # noqa: E402
+from benchmarks.report import BenchError, Row, machine  # noqa: E402
+from lab import console, image  # noqa: E402
 
-BEGIN_MARK = "<!-- bench:begin, written by `make bench` -->"
-END_MARK = "<!-- bench:end -->"
+MARKS = ("<!-- bench:begin, written by `make bench` -->", "<!-- bench:end -->")
 PAUSE_S = (0.2, 1.0)
 PROVISION_BAR_S = 360.0
 SECOND_RUN_BAR_S = 45.0
 SWITCH_BAR_MS = 50.0
 MEMORY_BAR_MIB = 260.0
 MEMORY_WORKERS = 2
-# So that a clean clone doesn't meet the lab that is there already: other names, other ports.
+# So that a clean clone doesn't meet the lab that is there already: other names, other ports. Nor pip's cache.
 CLONE_ENVIRONMENT = {
+    "PIP_NO_CACHE_DIR": "1",
     "LAB_NAME": "appliance-bench",
     "LAB_EDGE_PORT": "18080",
     "LAB_PROMETHEUS_PORT": "19090",
@@ -58,28 +58,44 @@ CLONE_ENVIRONMENT = {
 
 
 def measure_provision(given: argparse.Namespace) -> list[Row]:
-    """Seconds from `git clone` of the last commit to the first 200 of `POST /predict`, on a lab of its own."""
+    """Seconds from `git clone` of the last commit to the first 200 of `POST /predict`, on a lab of its own.
+
+    The bar is for a run that downloads everything; one that finds something here already gets no verdict.
+    """
     environment = {**os.environ, **CLONE_ENVIRONMENT}
     url = f"http://127.0.0.1:{environment['LAB_EDGE_PORT']}/predict"
     if first_status(url) is not None:
         raise BenchError(f"{url} answers already: something else uses that port")
+    there = found_here(environment.get("LAB_SUITE") or "trixie")
     with tempfile.TemporaryDirectory(prefix="appliance-bench-", dir="/var/tmp") as folder:
         clone = Path(folder) / "clone"
         begin = time.monotonic()
-        run_here(["git", "clone", "--quiet", str(ROOT), str(clone)], ROOT, environment, 300)
+        report.run(["git", "clone", "--quiet", str(ROOT), str(clone)], 300)
         try:
-            run_here(shlex.split(given.provision_command), clone, environment, given.provision_limit)
+            command = shlex.split(given.provision_command)
+            report.run(command, given.provision_limit, folder=clone, environment=environment)
             while (status := first_status(url)) != 200:
                 if time.monotonic() - begin > given.provision_limit:
                     raise BenchError(f"{url} answers {status}, not 200, after {given.provision_limit:g} s")
                 time.sleep(0.2)
             seconds = time.monotonic() - begin
         finally:
-            run_here(shlex.split(given.teardown_command), clone, environment, 600)
-    command = f"git clone … && {given.provision_command}"
-    return [
-        Row("provision", "clean clone to first prediction", seconds, "s", PROVISION_BAR_S, "last commit", command, "1")
-    ]
+            report.run(shlex.split(given.teardown_command), 600, folder=clone, environment=environment)
+    return [provision_row(seconds, there, given.provision_command)]
+
+
+def provision_row(seconds: float, there: Sequence[str], command: str) -> Row:
+    """The row of a provisioning run that found what `there` names instead of downloading it."""
+    note = f"last commit; not downloaded: {', '.join(there)}" if there else "last commit; everything downloaded"
+    bar = None if there else PROVISION_BAR_S
+    command = f"git clone … && {command}"
+    return Row("provision", "clean clone to first prediction", seconds, "s", bar, note, command, "1")
+
+
+def found_here(suite: str) -> list[str]:
+    """What a clean clone finds on this machine, and so doesn't download."""
+    found = {"Docker": ["docker", "--version"], "the lab's image": ["docker", "image", "inspect", image.tag(suite)]}
+    return [name for name, command in found.items() if console.succeeds(command)]
 
 
 def measure_second_run(given: argparse.Namespace) -> list[Row]:
@@ -87,7 +103,7 @@ def measure_second_run(given: argparse.Namespace) -> list[Row]:
     seconds, changes = [], []
     for _ in range(given.runs):
         begin = time.monotonic()
-        output = run_here(shlex.split(given.site_command), ROOT, dict(os.environ), 1800)
+        output = report.run(shlex.split(given.site_command), 1800, folder=ROOT)
         seconds.append(time.monotonic() - begin)
         changes.append(changed_in_recap(output))
     middle = percentile(seconds, 0.5)
@@ -200,26 +216,6 @@ def changed_in_recap(output: str) -> int:
     return sum(int(changed) for changed, _, _ in recap)
 
 
-def run_here(command: Sequence[str], folder: Path, environment: Mapping[str, str], limit_s: float) -> str:
-    """Standard output of a command in `folder`, which gets `limit_s` seconds."""
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=dict(environment),
-            timeout=limit_s,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BenchError(f"{shlex.join(command)}: {error}") from error
-    if done.returncode != 0:
-        raise BenchError(f"{shlex.join(command)}: exit status {done.returncode}: {done.stdout[-1500:]}")
-    return done.stdout
-
-
 def first_status(url: str) -> int | None:
     """Status of one `POST /predict`, or None where nobody answers within 5 s."""
     request = urllib.request.Request(url, DEFAULT_BODY, {"Content-Type": "application/json"})
@@ -249,16 +245,6 @@ def host_facts(given: argparse.Namespace) -> dict[str, str]:
     except HostError:
         return {}
     return dict(zip(("Debian of the host", "nginx", "Docker"), (line.strip() for line in lines), strict=False))
-
-
-def merge(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Earlier rows with new ones in their place, in this program's order."""
-    return report.merge(earlier, new, list(BENCHMARKS))
-
-
-def with_section(text: str, section: str) -> str:
-    """The document with this program's part replaced."""
-    return report.with_section(text, section, (BEGIN_MARK, END_MARK))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -305,32 +291,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
-    today = time.strftime("%Y-%m-%d", time.gmtime())
-    new: list[Row] = []
-    failed = []
-    for name in [name for name in BENCHMARKS if name in (given.only or BENCHMARKS)]:
-        print(f"measuring {name} …", flush=True)
-        try:
-            new += BENCHMARKS[name](given)
-        except (BenchError, HostError) as error:
-            failed.append(name)
-            print(f"{name} could not be measured: {error}", file=sys.stderr, flush=True)
-    for row in new:
-        row.date = today
-    if new:
-        output = given.reports / "bench.json"
-        rows = merge(read_rows(output), new)
-        where = {**machine(), **host_facts(given)}
-        write_figures(output, rows, where)
-        only = (part for name in given.only or () for part in ("--only", name))
-        command = shlex.join(["benchmarks/appliance.py", *only])
-        text = given.document.read_text() if given.document.exists() else ""
-        given.document.write_text(with_section(text, section(rows, where, command)))
-        print("; ".join(f"{name}: {value}" for name, value in where.items()))
-        print(table(new))
-    if failed:
-        return 2
-    return 1 if any(row.verdict == "MISS" for row in new) else 0
+    only = (part for name in given.only or () for part in ("--only", name))
+    return report.measure(
+        BENCHMARKS,
+        given,
+        figures=given.reports / "bench.json",
+        order=list(BENCHMARKS),
+        marks=MARKS,
+        where={**machine(), **host_facts(given)},
+        command=shlex.join(["benchmarks/appliance.py", *only]),
+        errors=(BenchError, HostError),
+    )
 
 
 if __name__ == "__main__":

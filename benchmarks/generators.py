@@ -6,14 +6,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import ROOT, BenchError, reason
+from benchmarks.report import ROOT, BenchError, run
 
 _SCRIPT = ROOT / "benchmarks" / "post.lua"
 _OPEN_LOOP = ROOT / "benchmarks" / "open_loop.py"
@@ -74,7 +73,7 @@ def wrk(url: str, body: Body, connections: int, seconds: float) -> Closed:
         # wrk takes whole seconds.
         duration = max(1, round(seconds))
         command = ["wrk", "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "10s", "-s", str(_SCRIPT)]
-        return parse_wrk(_output([*command, url], duration + _MARGIN_SECONDS, {**os.environ, **settings}))
+        return parse_wrk(run([*command, url], duration + _MARGIN_SECONDS, environment={**os.environ, **settings}))
 
 
 def parse_wrk(output: str) -> Closed:
@@ -97,7 +96,7 @@ def ab(url: str, body: Body, requests: int, connections: int) -> Ab:
         # -l: rows of one batch may differ from a lone row in the last digit, and so in length.
         command = ["ab", "-q", "-l", "-s", "30", "-n", str(requests), "-c", str(connections)]
         command += ["-p", str(file), "-T", body.content_type, "-e", str(percentiles), url]
-        output = _output(command, _AB_SECONDS, os.environ)
+        output = run(command, _AB_SECONDS)
         return parse_ab(output, percentiles.read_text())
 
 
@@ -130,7 +129,7 @@ def _open_loop(
         file.flush()
         command = [sys.executable, str(_OPEN_LOOP), "--path", path, "--body", file.name, "--seconds", str(seconds)]
         command += [f"--header={name}: {value}" for name, value in body.headers.items()]
-        output = _output([*command, *mode, *addresses], seconds + _MARGIN_SECONDS, os.environ)
+        output = run([*command, *mode, *addresses], seconds + _MARGIN_SECONDS)
     return json.loads(output.splitlines()[-1])
 
 
@@ -138,15 +137,3 @@ def require(tool: str) -> None:
     """Raise BenchError where wrk or ab is missing."""
     if shutil.which(tool) is None:
         raise BenchError(f"{tool} isn't installed: apt-get install {_PACKAGES[tool]}")
-
-
-def _output(command: Sequence[str], limit_s: float, environment: Mapping[str, str]) -> str:
-    try:
-        done = subprocess.run(
-            command, env=dict(environment), timeout=limit_s, text=True, capture_output=True, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired as error:
-        raise BenchError(f"{Path(command[0]).name} didn't end within {limit_s:g} s") from error
-    if done.returncode != 0:
-        raise BenchError(f"{Path(command[0]).name}: exit status {done.returncode}: {reason(done.stderr)}")
-    return done.stdout

@@ -1,13 +1,17 @@
-"""What the benchmarks' programs have in common: rows with a bar, the table of them, and the files that keep them."""
+"""What the benchmarks' programs have in common: running, rows with a bar, and the files that keep them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,11 +31,40 @@ def reason(output: str) -> str:
     return line.strip()[:200]
 
 
+def run(
+    command: Sequence[str], limit_s: float, *, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> str:
+    """Standard output of a command, which gets `limit_s` seconds.
+
+    The error's message is short and has no paths of this machine, for it may become a row's note; where the command
+    failed, the end of what it printed goes to standard error.
+    """
+    name = " ".join(Path(word).name for word in command[:2])
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            timeout=limit_s,
+            text=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BenchError(f"{name} didn't end within {limit_s:g} s") from error
+    except OSError as error:
+        raise BenchError(f"{name} could not be started: {error.strerror}") from error
+    if done.returncode != 0:
+        print(done.stdout[-1500:], done.stderr[-1500:], sep="\n", file=sys.stderr, flush=True)
+        raise BenchError(f"{name}: exit status {done.returncode}: {reason(done.stderr or done.stdout)}")
+    return done.stdout
+
+
 @dataclass(slots=True)
 class Row:
     """One figure. `value` and `bar` are in `unit`; without a bar there's no verdict, without a value the note says why.
 
-    The bar is met at or below it, with `at_least` at or above it.
+    The bar is met at or below it, with `at_least` at or above it. `measured` says by which run and on what.
     """
 
     benchmark: str
@@ -44,6 +77,7 @@ class Row:
     runs: str
     date: str = ""
     at_least: bool = False
+    measured: str = ""
 
     @property
     def verdict(self) -> str:
@@ -116,11 +150,60 @@ def with_section(text: str, section: str, marks: tuple[str, str]) -> str:
     return text[:begin] + block + text[end + len(end_mark) :]
 
 
-def section(rows: Sequence[Row], where: Mapping[str, str], command: str) -> str:
-    """The generated part of the document."""
-    facts = "; ".join(f"{name}: {value}" for name, value in where.items())
+def section(rows: Sequence[Row]) -> str:
+    """The generated part of the document; where the rows are from several runs, it says which are from which."""
+    runs: dict[str, dict[str, None]] = {}
+    for row in rows:
+        runs.setdefault(row.measured or "an earlier run", {})[row.benchmark] = None
+    measured = f"Measured by {next(iter(runs))}."
+    if len(runs) > 1:
+        measured = "Measured by several runs:\n\n" + "\n".join(f"- {', '.join(runs[run])}: by {run}." for run in runs)
     commands = "\n".join(f"- {name}: `{text}`" for name, text in dict.fromkeys((r.benchmark, r.command) for r in rows))
-    return f"Measured by `{command}` on: {facts}.\n\n{table(rows)}\n\nWhat was timed:\n\n{commands}"
+    return f"{measured}\n\n{table(rows)}\n\nWhat was timed:\n\n{commands}"
+
+
+def measure(
+    benchmarks: Mapping[str, Callable[[argparse.Namespace], list[Row]]],
+    given: argparse.Namespace,
+    *,
+    figures: Path,
+    order: Sequence[str],
+    marks: tuple[str, str],
+    where: Mapping[str, str],
+    command: str,
+    errors: tuple[type[Exception], ...] = (BenchError,),
+) -> int:
+    """Run the benchmarks that `given.only` names, else all, and put their rows into both files and on the terminal.
+
+    :param figures: file of figures; `given.document` gets the section between the marks.
+    :param order: the rows' benchmarks, in the order of the table.
+    :param where: what it's measured on; `command` is the run's own command line.
+    :param errors: what a benchmark raises that couldn't be measured.
+    :returns: the exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured.
+    """
+    new: list[Row] = []
+    failed = False
+    for name in [name for name in benchmarks if name in (given.only or benchmarks)]:
+        print(f"measuring {name} …", flush=True)
+        try:
+            new += benchmarks[name](given)
+        except errors as error:
+            failed = True
+            print(f"{name} could not be measured: {error}", file=sys.stderr, flush=True)
+    facts = "; ".join(f"{name}: {value}" for name, value in where.items())
+    for row in new:
+        row.date = time.strftime("%Y-%m-%d", time.gmtime())
+        row.measured = f"`{command}` on: {facts}"
+    if new:
+        rows = merge(read_rows(figures), new, order)
+        write_figures(figures, rows, where)
+        text = given.document.read_text() if given.document.exists() else ""
+        given.document.write_text(with_section(text, section(rows), marks))
+        print(facts)
+        print(table(new))
+    if failed or any(row.value is None for row in new):
+        return 2
+    return 1 if any(row.verdict == "MISS" for row in new) else 0
 
 
 def machine() -> dict[str, str]:

@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from benchmarks.report import merge, read_rows, run, section, table, with_section, write_figures
 
 PATH = Path(__file__).resolve().parents[3] / "benchmarks" / "appliance.py"
 SPECIFICATION = importlib.util.spec_from_file_location("bench_appliance", PATH)
@@ -52,7 +55,9 @@ def test_memory_is_summed_for_each_colour():
 
 
 def test_new_rows_replace_their_own_benchmark_only():
-    merged = bench.merge([row("swaps", 1), row("memory", 2)], [row("memory", 3), row("second-run", 4)])
+    merged = merge(
+        [row("swaps", 1), row("memory", 2)], [row("memory", 3), row("second-run", 4)], list(bench.BENCHMARKS)
+    )
 
     assert [(r.benchmark, r.value) for r in merged] == [("second-run", 4), ("swaps", 1), ("memory", 3)]
 
@@ -60,28 +65,28 @@ def test_new_rows_replace_their_own_benchmark_only():
 def test_figures_survive_writing_and_reading(tmp_path):
     path = tmp_path / "reports" / "bench.json"
 
-    bench.write_figures(path, [row(bar=0)], {"CPU": "x"})
+    write_figures(path, [row(bar=0)], {"CPU": "x"})
 
     assert json.loads(path.read_text())["rows"][0]["verdict"] == "MISS"
-    assert bench.read_rows(path) == [row(bar=0)]
-    assert bench.read_rows(tmp_path / "none.json") == []
+    assert read_rows(path) == [row(bar=0)]
+    assert read_rows(tmp_path / "none.json") == []
 
 
 def test_only_the_marked_section_of_the_document_changes():
-    first = bench.with_section("# Benchmarks\n\nBefore.\n", "one")
-    second = bench.with_section(first + "\nAfter.\n", "two")
+    first = with_section("# Benchmarks\n\nBefore.\n", "one", bench.MARKS)
+    second = with_section(first + "\nAfter.\n", "two", bench.MARKS)
 
     assert second.startswith("# Benchmarks\n\nBefore.\n")
     assert second.endswith("\nAfter.\n")
     assert "two" in second
     assert "one" not in second
-    assert bench.with_section(second, "two") == second
+    assert with_section(second, "two", bench.MARKS) == second
     with pytest.raises(bench.BenchError):
-        bench.with_section(bench.END_MARK, "x")
+        with_section(bench.MARKS[1], "x", bench.MARKS)
 
 
 def test_the_table_shows_bars_and_verdicts():
-    lines = bench.table([row(value=261.25, bar=260), row(value=3)]).splitlines()
+    lines = table([row(value=261.25, bar=260), row(value=3)]).splitlines()
 
     assert "261.2 MiB" in lines[2] and "<= 260 MiB" in lines[2] and "MISS" in lines[2]
     assert "| 3 MiB" in lines[3]
@@ -128,11 +133,56 @@ def test_losses_in_the_swaps_are_a_miss_whatever_the_control_lost():
         assert next(r for r in rows if r.figure == "failed requests over the swaps").verdict == "MISS"
 
 
+def test_rows_that_were_kept_say_by_which_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "host_facts", lambda given: {})
+    document = tmp_path / "benchmarks.md"
+
+    def measured(**values):
+        measures = {name: lambda given, name=name, value=value: [row(name, value)] for name, value in values.items()}
+        monkeypatch.setattr(bench, "BENCHMARKS", {"swaps": None, "memory": None} | measures)
+        only = [word for name in values for word in ("--only", name)]
+        assert bench.main([*only, "--reports", str(tmp_path), "--document", str(document)]) == 0
+        return document.read_text()
+
+    assert "Measured by `benchmarks/appliance.py --only swaps --only memory` on: CPU" in measured(swaps=1, memory=2)
+    text = measured(memory=3)
+    assert "- swaps: by `benchmarks/appliance.py --only swaps --only memory` on: CPU" in text
+    assert "- memory: by `benchmarks/appliance.py --only memory` on: CPU" in text
+    assert "Measured by `" not in text
+
+
+def test_rows_from_before_runs_were_kept_are_of_an_earlier_run():
+    text = section([replace(row("swaps"), measured="`make bench`"), row("memory")])
+    assert "- memory: by an earlier run." in text
+
+
+def test_a_program_that_fails_says_why_without_paths(tmp_path, capfd):
+    script = tmp_path / "load.py"
+    script.write_text("import sys; print('much'); sys.exit('ValueError: too slow')")
+    with pytest.raises(bench.BenchError, match=r"^python\S* load.py: exit status 1: ValueError: too slow$"):
+        run([sys.executable, str(script)], 20)
+    assert "much" in capfd.readouterr().err
+    for command, limit, why in (
+        (["no-such-program"], 1, "No such file"),
+        (["sleep", "9"], 0.1, "didn't end within 0.1 s"),
+    ):
+        with pytest.raises(bench.BenchError, match=why):
+            run(command, limit)
+
+
+def test_a_clone_that_found_something_here_gets_no_verdict():
+    assert bench.provision_row(300.0, [], "make up").verdict == "PASS"
+    cached = bench.provision_row(300.0, ["Docker", "the lab's image"], "make up")
+    assert cached.verdict == "-"
+    assert "not downloaded: Docker, the lab's image" in cached.note
+
+
 def test_a_benchmark_that_cannot_be_measured_is_not_a_success(monkeypatch, tmp_path, capsys):
     def broken(_):
         raise bench.BenchError("no lab")
 
     monkeypatch.setattr(bench, "BENCHMARKS", {"memory": broken})
+    monkeypatch.setattr(bench, "host_facts", lambda given: {})
     words = ["--only", "memory", "--reports", str(tmp_path), "--document", str(tmp_path / "benchmarks.md")]
 
     assert bench.main(words) == 2
