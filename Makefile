@@ -53,9 +53,9 @@ lint: environment ## ansible-lint, yamllint, ruff
 	ansible-lint --strict
 
 unit: environment ## tests that need no host
-	pytest
+	pytest --numprocesses=auto --dist=loadfile
 
-molecule: molecule-trixie molecule-bookworm ## the roles and playbooks on Debian 13, then on Debian 12
+molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13, then provisioning on Debian 12
 
 molecule-trixie: engine environment
 	$(call molecule_on,trixie,--all)

@@ -24,11 +24,9 @@ class Request:
 
     method: str
     path: str
-    query: str
     # As waitress has them: CONTENT_TYPE for Content-Type.
     headers: Mapping[str, str]
     body: bytes
-    id: str
 
     def header(self, name: str) -> str | None:
         """The value of a header, several of them joined by commas, or None."""
@@ -137,9 +135,15 @@ class Models:
         return model
 
 
-def decompressed(body: bytes, encoding: str | None, limit: int) -> bytes:
-    """A body without its Content-Encoding, of at most ``limit`` bytes. Raises Refusal (400, 413, 415)."""
-    if encoding is None or encoding in ("", "identity"):
+def plain_body(body: bytes, content_encoding: str | None, limit: int) -> bytes:
+    """A body without what its header Content-Encoding says, if there is one.
+
+    It may have ``limit`` bytes, before and after. Raises Refusal (400, 413, 415).
+    """
+    if len(body) > limit:
+        raise _too_large(f"has {len(body)} bytes", limit)
+    encoding = content_encoding.strip().lower() if content_encoding else ""
+    if encoding in ("", "identity"):
         return body
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise Refusal(415, "the Content-Encoding must be gzip, deflate or identity")
@@ -150,21 +154,20 @@ def decompressed(body: bytes, encoding: str | None, limit: int) -> bytes:
     except zlib.error:
         raise Refusal(400, "the body isn't what its Content-Encoding says") from None
     if len(plain) > limit:
-        raise too_large(None, limit)
+        raise _too_large("is larger", limit)
     if not decoder.eof or decoder.unused_data:
         raise Refusal(400, "the body isn't what its Content-Encoding says")
     return plain
 
 
-def too_large(size: int | None, limit: int) -> Refusal:
-    """What a client is told whose body is too large; sizes in bytes, None where it isn't known."""
-    has = "is larger" if size is None else f"has {size} bytes"
-    return Refusal(413, f"the body {has}; at most {limit} bytes are accepted", reason="too_large")
+def _too_large(what: str, limit: int) -> Refusal:
+    return Refusal(413, f"the body {what}; at most {limit} bytes are accepted", reason="too_large")
 
 
-# The header with which a client says for how many seconds it waits.
+# The header with which a client says for how many seconds it waits, and the most that it, or a protocol's own way of
+# saying so, may be.
 TIMEOUT_HEADER = "X-Request-Timeout"
-_LONGEST_TIMEOUT = 3600.0
+LONGEST_TIMEOUT_SECONDS = 3600
 
 
 def client_seconds(headers: Mapping[str, str]) -> float | None:
@@ -176,6 +179,6 @@ def client_seconds(headers: Mapping[str, str]) -> float | None:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 < seconds <= _LONGEST_TIMEOUT:
-        raise Refusal(400, f"{TIMEOUT_HEADER} must be a number of seconds up to {_LONGEST_TIMEOUT:g}")
+    if not 0 < seconds <= LONGEST_TIMEOUT_SECONDS:
+        raise Refusal(400, f"{TIMEOUT_HEADER} must be a number of seconds up to {LONGEST_TIMEOUT_SECONDS}")
     return seconds

@@ -7,12 +7,13 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
 
-from model_server.core import Call, Refusal, Reply, Request, Route, client_seconds, decompressed, too_large
+from model_server.core import Call, Refusal, Reply, Request, Route, client_seconds, plain_body
 from model_server.errors import ModelFailed
-from model_server.executor import Executor
+from model_server.executor import Executor, overloaded
 from model_server.logs import Log
 from model_server.metrics import Metrics, Tally
 from model_server.payload import BadRequest, NotFinite, UnusableOutput
+from model_server.receiving import Overloaded
 from model_server.web import Channel, Frame
 
 _NOTHING: Mapping[str, str] = {}
@@ -50,7 +51,8 @@ class Predictions:
         others = []
         for channel in channels:
             request = channel.requests[0]
-            found = None if request.error else self._find(request)
+            unparsed = request.error is not None and not isinstance(request.error, Overloaded)
+            found = None if unparsed else self._find(request)
             if found is None:
                 others.append(channel)
             else:
@@ -88,16 +90,11 @@ class Predictions:
         started = time.perf_counter()
         request_id = self._frame.request_id(raw.headers.get("X_REQUEST_ID"))
         try:
-            if raw.content_length > self._max_body_bytes:
-                raise too_large(raw.content_length, self._max_body_bytes)
-            stream = raw.body_rcv
-            body = stream.getfile().read() if stream is not None else b""
-            if len(body) > self._max_body_bytes:
-                raise too_large(len(body), self._max_body_bytes)
-            if "CONTENT_ENCODING" in raw.headers:
-                body = decompressed(body, raw.headers["CONTENT_ENCODING"].strip().lower(), self._max_body_bytes)
+            if raw.error is not None:
+                raise overloaded()
+            body = plain_body(raw.body(), raw.headers.get("CONTENT_ENCODING"), self._max_body_bytes)
             waits = client_seconds(raw.headers)
-            call = route.begin(Request(raw.command, raw.path, raw.query, raw.headers, body, request_id), groups)
+            call = route.begin(Request(raw.command, raw.path, raw.headers, body), groups)
         except Exception as error:
             reply = self._as_reply(error, route, request_id)
             self._reject(groups.get("name"), error)

@@ -57,7 +57,7 @@ class SharedState:
         self._cells[self._worker(index)] = 1
 
     def set_busy(self, index: int, busy: bool) -> None:
-        """Called by worker ``index`` around each prediction."""
+        """Called by worker ``index`` around each batch of its model thread."""
         self._cells[self._worker(index) + 1] = time.monotonic_ns() if busy else 0
 
     def beat(self, index: int) -> None:

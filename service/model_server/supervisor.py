@@ -205,6 +205,9 @@ class Supervisor:
             for other in self._slots:
                 if other is not slot and other.listener is not None:
                     other.listener.close()
+            # Whoever holds it has the kernel accept connections, also when no worker is left.
+            if self._port is not None and slot.worker is None:
+                self._port.close()
             self._metrics.become(slot.role)
             slot.run()
             status = 0

@@ -5,12 +5,14 @@ a thread of their own and without WSGI (``predictions``); everything else is a F
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ from model_server.config import Config
 from model_server.core import Call
 from model_server.logs import Lines, Log
 from model_server.metrics import Metrics
+from model_server.receiving import Overloaded, Parser, Room
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Longer than the minute for which nginx keeps idle connections, so that nginx is always the one to close them.
@@ -87,34 +90,30 @@ class Frame:
         self._metrics.count_request(method, rule, status)
         if path in _QUIET and status in (200, 503):
             return
-        method, path = method[:_LOGGED_METHOD], path[:_LOGGED_PATH]
-        self._log.info(
-            "request",
-            f"{method} {path} {status}",
-            request_id=request_id,
-            method=method,
-            path=path,
-            status=status,
-            duration_ms=round((time.perf_counter() - started) * 1000, 3),
-        )
+        fields = _logged(request_id, method, path, status, started)
+        self._log.info("request", f"{fields['method']} {fields['path']} {status}", **fields)
 
     def note(
         self, lines: Lines, request_id: str, method: str, path: str, status: int, started: float, call: Call | None
     ) -> None:
         """Log the answer to a request for a prediction, with where its time went."""
-        fields: dict[str, Any] = {
-            "request_id": request_id,
-            "method": method[:_LOGGED_METHOD],
-            "path": path[:_LOGGED_PATH],
-            "status": status,
-            "duration_ms": round((time.perf_counter() - started) * 1000, 3),
-        }
+        fields = _logged(request_id, method, path, status, started)
         if call is not None:
             fields["model"], fields["version"] = call.model.name, call.model.version
             fields["rows"] = len(call.rows)
             fields["queue_ms"] = round(call.queue_seconds * 1000, 3)
             fields["model_ms"] = round(call.model_seconds * 1000, 3)
         lines.info("request", f"{fields['method']} {fields['path']} {status}", fields)
+
+
+def _logged(request_id: str, method: str, path: str, status: int, started: float) -> dict[str, Any]:
+    return {
+        "request_id": request_id,
+        "method": method[:_LOGGED_METHOD],
+        "path": path[:_LOGGED_PATH],
+        "status": status,
+        "duration_ms": round((time.perf_counter() - started) * 1000, 3),
+    }
 
 
 def json_response(document: Any, status: int = 200) -> flask.Response:
@@ -144,7 +143,7 @@ def create_app(frame: Frame, log: Log) -> flask.Flask:
         # A browser asks before it sends JSON; whether it may is in the headers that all answers get.
         answer = flask.Response(status=204)
         if frame.may_read(headers.get("Origin")):
-            answer.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+            answer.headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, OPTIONS"
             answer.headers["Access-Control-Allow-Headers"] = headers.get("Access-Control-Request-Headers", "*")
             answer.headers["Access-Control-Max-Age"] = "600"
         return answer
@@ -199,6 +198,8 @@ class _JsonErrorTask(ErrorTask):
         body = json.dumps({"error": error.reason.lower()}).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", "application/json"), *frame.headers(request_id)]
+        if isinstance(error, Overloaded):
+            self.response_headers.append(("Retry-After", "1"))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -211,6 +212,17 @@ class _JsonErrorTask(ErrorTask):
 class Channel(HTTPChannel):
     task_class = _Task
     error_task_class = _JsonErrorTask
+
+    def __init__(self, server: Any, *arguments: Any, **options: Any) -> None:
+        self.parser_class = server.parser_class
+        super().__init__(server, *arguments, **options)
+
+    def handle_close(self) -> None:
+        """Called by waitress."""
+        super().handle_close()
+        # Complete requests are closed by who answers them; this one never gets there.
+        if self.request is not None:
+            self.request.close()
 
     def answer(self, data: bytes, close: bool) -> None:
         """Send the whole answer to the oldest request of this connection, and go on with the next one.
@@ -252,7 +264,8 @@ class _Turn:
         self._threads = ThreadedTaskDispatcher()
         self._threads.set_thread_count(threads)
         self.add_to_threads = self._threads.add_task
-        self.channels: list[Channel] = []
+        # Threads add to it too, where a request follows one of theirs on its connection.
+        self.channels: deque[Channel] = deque()
         # Without predictions there's nothing to gather.
         self.add_task = self.add_to_threads
 
@@ -287,6 +300,7 @@ class Server:
         self._predict = predict
         self._turn = _Turn(threads)
         self._map: dict[int, Any] = {}
+        room = Room()
         self._servers = [
             create_server(
                 app,
@@ -299,8 +313,6 @@ class Server:
                 connection_limit=_CONNECTION_LIMIT,
                 recv_bytes=65536,
                 max_request_body_size=2 * max_body_bytes,
-                # Bodies stay in memory: their size is bounded, and there may be no disk to write to.
-                inbuf_overflow=2 * max_body_bytes + 1,
                 outbuf_overflow=_NO_LIMIT,
                 # Only threads may wait until a client has taken what was written, and most answers come from the loop.
                 outbuf_high_watermark=_NO_LIMIT,
@@ -313,6 +325,7 @@ class Server:
         ]
         for server in self._servers:
             server.channel_class = Channel
+            server.parser_class = functools.partial(Parser, room)
             server.draining = False
             server.frame = frame
             if predict is not None:
@@ -361,9 +374,8 @@ class Server:
         wasyncore.poll2(0.0 if self._turn.channels else seconds, self._map)
         if self._predict is None:
             return
-        channels = self._turn.channels[:]
-        self._turn.channels.clear()
-        for channel in self._predict(channels):
+        waiting = self._turn.channels
+        for channel in self._predict([waiting.popleft() for _ in range(len(waiting))]):
             self._turn.add_to_threads(channel)
 
     def _busy(self) -> bool:

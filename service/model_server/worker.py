@@ -36,7 +36,9 @@ def create_worker_app(frame: Frame, log: Log, routes: Sequence[Route]) -> flask.
 
     @app.errorhandler(Refusal)
     def refused(refusal: Refusal) -> flask.Response:
-        return error_response(refusal.message, refusal.status)
+        response = error_response(refusal.message, refusal.status)
+        response.headers.extend(refusal.headers)
+        return response
 
     return app
 
@@ -64,7 +66,8 @@ def run_worker(
     predictions = Predictions(routes, executor, frame, metrics, log, config.max_body_bytes)
     app = create_worker_app(frame, log, routes)
     app.register_blueprint(create_blueprint(config, bundle, state, metrics_directory))
-    for blueprint in blueprints(models, state, lambda: health(config, bundle, state)[1] == 200):
+    has_jobs = config.jobs is not None
+    for blueprint in blueprints(models, state, lambda: health(config, bundle, state)[1] == 200, has_jobs):
         app.register_blueprint(blueprint)
     app.register_blueprint(jobs.create_blueprint(models, config, metrics, log))
     server = Server(app, frame, listeners, _THREADS, config.max_body_bytes, predictions)

@@ -144,17 +144,17 @@ def test_expect_continue(served):
 @pytest.mark.parametrize(
     ("encoding", "body", "status"),
     [
-        ("gzip", gzip.compress(BODY), 200),
-        ("GZIP", gzip.compress(BODY), 200),
+        ("gzip", gzip.compress(BODY, mtime=0), 200),
+        ("GZIP", gzip.compress(BODY, mtime=0), 200),
         ("deflate", zlib.compress(BODY), 200),
         ("identity", BODY, 200),
         ("gzip", BODY, 400),
-        ("gzip", gzip.compress(BODY)[:-9], 400),
-        ("gzip", gzip.compress(BODY) + b"more", 400),
-        ("gzip", gzip.compress(b" " * (LIMIT + 1)), 413),
-        ("gzip", gzip.compress(b" " * 50_000_000), 413),
+        ("gzip", gzip.compress(BODY, mtime=0)[:-9], 400),
+        ("gzip", gzip.compress(BODY, mtime=0) + b"more", 400),
+        ("gzip", gzip.compress(b" " * (LIMIT + 1), mtime=0), 413),
+        ("gzip", gzip.compress(b" " * 50_000_000, mtime=0), 413),
         ("br", BODY, 415),
-        ("gzip, gzip", gzip.compress(gzip.compress(BODY)), 415),
+        ("gzip, gzip", gzip.compress(gzip.compress(BODY, mtime=0), mtime=0), 415),
     ],
 )
 def test_compressed_bodies(served, encoding, body, status):
@@ -169,7 +169,7 @@ def test_pages_of_listed_origins_may_read_the_answers(served):
     assert allowed["access-control-allow-origin"] == "https://a.example" and allowed["vary"] == "Origin"
     assert "access-control-allow-origin" not in ask(port, Origin="https://b.example")[1]
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-    for origin, methods in (("https://a.example", "GET, POST, OPTIONS"), ("https://b.example", None)):
+    for origin, methods in (("https://a.example", "GET, POST, PUT, OPTIONS"), ("https://b.example", None)):
         connection.request(
             "OPTIONS",
             "/predict",
@@ -226,6 +226,48 @@ def test_a_slow_upload_holds_up_nobody(served):
         assert read_answer(sleepy.makefile("rb"))[0] == 200
 
 
+def test_bodies_that_would_fill_the_memory_are_refused(short_dir):
+    port, size = free_port(), 8_000_000
+    # Spaces around it don't make the JSON another.
+    large = BODY + b" " * (size - len(BODY))
+    announced = post(large)[:-size]
+    with running(short_dir, SHIPPED / "1.0.0", MODEL_WORKERS=1, MODEL_PORT=port) as service:
+        service.wait_ready()
+        holders = [connect(port) for _ in range(8)]
+        for holder in holders:
+            holder.sendall(announced + large[:100])
+        service.wait_for(lambda: ask(port, large)[0] == 503, "without room")
+        status, headers, body = ask(port, large)
+        assert (status, headers["retry-after"]) == (503, "1") and "try again" in json.loads(body)["error"]
+        rejected = 'model_rejected_total{model="simplemodel",reason="queue_full"}'
+        service.wait_for(lambda: service.metrics()[rejected] >= 2, "counted")
+        # Also for what Flask answers, without a length in advance, and on the same connection afterwards.
+        with connect(port) as client:
+            client.sendall(post(large).replace(b" /predict ", b" /nowhere "))
+            status, headers, body = read_answer(client.makefile("rb"))
+            assert (status, headers["retry-after"]) == (503, "1") and "error" in json.loads(body)
+        with connect(port) as client:
+            chunked = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            client.sendall(chunked + f"{size:x}\r\n".encode() + large + b"\r\n0\r\n\r\n")
+            assert read_answer(client.makefile("rb"))[0] == 503
+        with connect(port) as client:
+            stream = client.makefile("rb")
+            client.sendall(post(large))
+            assert read_answer(stream)[0] == 503
+            client.sendall(post(BODY))
+            assert read_answer(stream)[0] == 200
+        # Those who came first lose nothing, and whoever leaves makes room.
+        holders[0].sendall(large[100:])
+        assert read_answer(holders[0].makefile("rb"))[0] == 200
+        holders[1].close()
+        service.wait_for(lambda: ask(port, large)[0] == 200, "with room again")
+        for holder in holders[2:]:
+            holder.sendall(large[100:])
+            assert read_answer(holder.makefile("rb"))[0] == 200
+        for _ in range(20):
+            assert ask(port, large)[0] == 200
+
+
 def test_one_request_of_the_queue_gives_up_another_is_too_late(short_dir, bundle_dir):
     slow(bundle_dir, 1.5)
     port = free_port()
@@ -252,7 +294,9 @@ def test_one_request_of_the_queue_gives_up_another_is_too_late(short_dir, bundle
 def test_sigterm_finishes_what_came_over_the_port(short_dir, bundle_dir):
     slow(bundle_dir, 0.5)
     port = free_port()
-    with running(short_dir, bundle_dir, MODEL_WORKERS=2, MODEL_PORT=port) as service:
+    (short_dir / "jobs").mkdir()
+    settings = {"MODEL_WORKERS": 2, "MODEL_PORT": port, "MODEL_JOBS_DIR": short_dir / "jobs"}
+    with running(short_dir, bundle_dir, **settings) as service:
         service.wait_ready()
         results, threads = in_background(6, lambda: ask(port, b'{"data": [9, 0]}'))
         service.wait_for(lambda: load(service)[0] == 6, "in progress")
