@@ -16,10 +16,12 @@ from model_server.payload import BadRequest, UnusableOutput
 # A model that is quicker than this at a whole batch runs in the server's loop: handing a call to another thread and
 # back costs more than that, and while the loop runs it, requests gather in the sockets and make the next batch.
 INLINE_SECONDS = 0.002
-# How much slower it may become, on average, before it gets a thread of its own after all.
+# How much slower it may become, on average, before it gets a thread of its own after all. No batch counts for more than
+# the most, so that it takes several: a single one is also slow where the host or the process stood still.
 _INLINE_PATIENCE = 4.0
 _AVERAGE_WEIGHT = 0.05
-# However many requests may wait, their bodies must not fill the memory.
+_MOST_COUNTED = 16.0
+# However many requests may wait, their bodies must not fill the memory: what came compressed took little room so far.
 _MOST_WAITING_BYTES = 64 << 20
 # Rows that take long to prepare, such as large images, don't hold up those that are ready: they make the next batch.
 _PREPARE_SECONDS = 0.1
@@ -28,7 +30,11 @@ _SEARCH_SECONDS = 0.1
 
 
 class Lane:
-    """The calls that wait for one model. ``limit`` calls may wait; ``inline``: the loop runs it."""
+    """The calls that wait for one model. ``inline``: the loop runs it; else ``limit`` calls may wait.
+
+    Those for the loop need no limit: it takes one request of each connection in a turn and leaves none waiting, so
+    there are never more than connections, whose number has its own limit.
+    """
 
     def __init__(self, model: Model, limit: int, metrics: ModelMetrics) -> None:
         self.model = model
@@ -36,7 +42,12 @@ class Lane:
         self.inline = model.batch_seconds < INLINE_SECONDS
         self.waiting: deque[Call] = deque()
         self.metrics = metrics
-        self._average = 0.0
+        # Calls that were submitted and aren't finished, and what scrapes see of them and of those that wait.
+        self.in_progress = 0
+        self.shown = (0, 0)
+        # What failed together is tried one by one; always the first of those who wait.
+        self._alone: set[Call] = set()
+        self._average = model.batch_seconds
         self._searched = -math.inf
 
     @property
@@ -47,6 +58,8 @@ class Lane:
     @property
     def departure(self) -> float:
         """When the next batch is to begin at the latest, of ``time.perf_counter``; something must wait."""
+        if self.waiting[0] in self._alone:
+            return -math.inf
         # Waiting for company must not use up the time of those who have little.
         delay = self.model.max_delay_seconds
         return min(call.received + min(delay, (call.seconds or math.inf) / 2) for call in self.waiting)
@@ -54,6 +67,9 @@ class Lane:
     def take(self) -> list[Call]:
         """The calls that make the next batch: the oldest, and those behind it that fit and may share a batch."""
         first = self.waiting.popleft()
+        if first in self._alone:
+            self._alone.remove(first)
+            return [first]
         batch, rows, most = [first], len(first.rows), self.model.max_batch_rows
         while self.waiting:
             call = self.waiting[0]
@@ -63,6 +79,11 @@ class Lane:
                 break
             batch.append(self.waiting.popleft())
         return batch
+
+    def put_back(self, failed: list[Call], left: list[Call]) -> None:
+        """Have calls of the last batch wait again, before all others, each of the ``failed`` for a batch of its own."""
+        self.waiting.extendleft(reversed(failed + left))
+        self._alone.update(failed)
 
     def take_hopeless(self) -> list[tuple[Call, Reply | Exception]]:
         """Those who wait and will get no answer, as they are gone or too late; they leave their places to others."""
@@ -74,21 +95,29 @@ class Lane:
         if hopeless:
             gone = {call for call, _ in hopeless}
             self.waiting = deque(call for call in self.waiting if call not in gone)
+            self._alone -= gone
         return hopeless
+
+    def take_all(self) -> list[Call]:
+        """All calls, in their order."""
+        calls = list(self.waiting)
+        self.waiting.clear()
+        self._alone.clear()
+        return calls
 
     def note(self, seconds: float) -> None:
         """Keep an average of what batches take, and leave the loop where that is too much for it."""
-        self._average += (seconds - self._average) * _AVERAGE_WEIGHT
+        self._average += (min(seconds, INLINE_SECONDS * _MOST_COUNTED) - self._average) * _AVERAGE_WEIGHT
         if self._average > INLINE_SECONDS * _INLINE_PATIENCE:
             self.inline = False
 
 
 class Executor:
-    """Runs the models of one worker: quick ones in the server's loop, the others in one thread.
+    """Runs the models of one worker: quick ones in the server's loop, the others in one thread, batch by batch in turn.
 
     ``submit``, ``run_inline`` and ``deliver`` belong to the loop's thread; each call's ``finish`` is called there.
-    ``names`` are the models'. ``busy`` is called with True and False around each batch, ``wake`` when the thread has
-    something to deliver.
+    ``names`` are the models'. ``busy`` is called with True and False around each batch of the thread alone, since a
+    model that hangs in the loop shows in the loop's silence; ``wake`` when the thread has something to deliver.
     """
 
     def __init__(self, models: Models, limit: int, metrics: Metrics, busy: Callable[[bool], None]) -> None:
@@ -96,33 +125,31 @@ class Executor:
             model: Lane(model, limit, metrics.of(model.name, model.bundle.output.labels)) for model in models.all
         }
         self.names = frozenset(model.name for model in models.all)
-        self._metrics = metrics
         self._busy = busy
         self.wake: Callable[[], None] = lambda: None
+        # Each lane in which calls wait for the thread, once.
         self._threaded: deque[Lane] = deque()
         self._some = threading.Condition()
         self._done: deque[tuple[Call, Reply | Exception]] = deque()
         self._started = False
         self._bytes = 0
-        # Calls that were submitted and aren't finished.
-        self._in_progress = 0
-        self._shown = (0, 0)
 
     def show_load(self) -> None:
         """Have scrapes see how many calls are in progress and how many of them wait."""
-        load = (self._in_progress, sum(len(lane.waiting) for lane in self._lanes.values()))
-        if load != self._shown:
-            with self._some:
-                self._shown = load
-                self._metrics.requests_in_progress.set(load[0])
-                self._metrics.queue_depth.set(load[1])
+        for lane in self._lanes.values():
+            load = (lane.in_progress, len(lane.waiting))
+            if load != lane.shown:
+                with self._some:
+                    lane.shown = load
+                    lane.metrics.in_progress.set(load[0])
+                    lane.metrics.queue_depth.set(load[1])
 
     def submit(self, call: Call) -> None:
         """Queue a call. Raises Refusal where too many wait already."""
         lane = self._lanes[call.model]
         if lane.inline:
             lane.waiting.append(call)
-            self._in_progress += 1
+            lane.in_progress += 1
             return
         with self._some:
             if self._is_full(lane, call):
@@ -131,8 +158,8 @@ class Executor:
                     raise overloaded()
             lane.waiting.append(call)
             self._bytes += call.size
-            self._in_progress += 1
-            self._threaded.append(lane)
+            lane.in_progress += 1
+            self._queue(lane)
             if not self._started:
                 self._started = True
                 threading.Thread(target=self._run, name="model", daemon=True).start()
@@ -145,10 +172,8 @@ class Executor:
             if not lane.inline:
                 continue
             while lane.waiting and lane.inline:
-                self._busy(True)
-                results, left = _execute(lane, lane.take())
-                self._busy(False)
-                lane.waiting.extendleft(reversed(left))
+                results, failed, left = _execute(lane, lane.take())
+                lane.put_back(failed, left)
                 self._finish(results)
             if not lane.inline:
                 self._move_to_thread(lane)
@@ -159,8 +184,8 @@ class Executor:
             self._finish([self._done.popleft()])
 
     def _finish(self, results: list[tuple[Call, Reply | Exception]]) -> None:
-        self._in_progress -= len(results)
         for call, result in results:
+            self._lanes[call.model].in_progress -= 1
             call.finish(call, result)
 
     def _is_full(self, lane: Lane, call: Call) -> bool:
@@ -172,19 +197,24 @@ class Executor:
         self._bytes -= sum(call.size for call, _ in hopeless)
         self._done.extend(hopeless)
 
+    def _queue(self, lane: Lane) -> None:
+        if lane not in self._threaded:
+            self._threaded.append(lane)
+
     def _gather(self, lane: Lane) -> None:
         """Wait for more calls where the bundle asks for that, holding the lock but while waiting."""
         while (
-            lane.waiting
+            # Other models' calls don't wait for that.
+            len(self._threaded) == 1
+            and lane.waiting
             and lane.rows < lane.model.max_batch_rows
             and (left := lane.departure - time.perf_counter()) > 0
         ):
             self._some.wait(left)
 
     def _move_to_thread(self, lane: Lane) -> None:
-        calls = list(lane.waiting)
-        lane.waiting.clear()
-        self._in_progress -= len(calls)
+        calls = lane.take_all()
+        lane.in_progress -= len(calls)
         for call in calls:
             try:
                 self.submit(call)
@@ -196,25 +226,25 @@ class Executor:
             with self._some:
                 while not self._threaded:
                     self._some.wait()
-                lane = self._threaded.popleft()
-                # Each call has put its lane here once; those of a batch go together.
-                if not lane.waiting:
-                    continue
+                lane = self._threaded[0]
                 self._gather(lane)
+                self._threaded.popleft()
                 # All of them may have left meanwhile.
                 if not lane.waiting:
                     continue
                 batch = lane.take()
+                if lane.waiting:
+                    self._queue(lane)
                 self._bytes -= sum(call.size for call in batch)
             self.show_load()
             self._busy(True)
-            results, left = _execute(lane, batch)
+            results, failed, left = _execute(lane, batch)
             self._busy(False)
-            if left:
+            if failed or left:
                 with self._some:
-                    # Their lane is still in the queue as often as they are calls.
-                    lane.waiting.extendleft(reversed(left))
-                    self._bytes += sum(call.size for call in left)
+                    lane.put_back(failed, left)
+                    self._queue(lane)
+                    self._bytes += sum(call.size for call in failed + left)
             self._done.extend(results)
             self.wake()
 
@@ -226,8 +256,8 @@ def overloaded() -> Refusal:
     )
 
 
-def _execute(lane: Lane, calls: list[Call]) -> tuple[list[tuple[Call, Reply | Exception]], list[Call]]:
-    """Run calls as one batch: what each of them gets, and the calls that are left for the next batch.
+def _execute(lane: Lane, calls: list[Call]) -> tuple[list[tuple[Call, Reply | Exception]], list[Call], list[Call]]:
+    """Run calls as one batch: what each of them gets, those that failed together, and those left for the next batch.
 
     Whatever the model's code raises ends here.
     """
@@ -250,23 +280,29 @@ def _execute(lane: Lane, calls: list[Call]) -> tuple[list[tuple[Call, Reply | Ex
             ready.append((call, model.prepare(call.rows)))
         except Exception as error:
             results.append((call, _translated(error)))
+    failed: list[Call] = []
     if ready:
-        results += _predict(lane, ready)
+        answers = _predict(lane, ready)
+        if answers is None:
+            failed = [call for call, _ in ready]
+        else:
+            results += answers
     lane.note(time.perf_counter() - started)
-    return results, left
+    return results, failed, left
 
 
-def _predict(lane: Lane, ready: list[tuple[Call, Sequence[Any]]]) -> list[tuple[Call, Reply | Exception]]:
+def _predict(lane: Lane, ready: list[tuple[Call, Sequence[Any]]]) -> list[tuple[Call, Reply | Exception]] | None:
+    """What each call gets; None where several failed together."""
     model, started = lane.model, time.perf_counter()
     wants_tensor = ready[0][0].wants_tensor
     try:
         outputs = model.predict([rows for _, rows in ready], wants_tensor)
         if len(outputs) != len(ready):
             raise ModelFailed(f"{len(outputs)} answers for {len(ready)} requests")
-    # Also what only a single row is to blame for: the others are tried without it.
+    # Also what only a single row is to blame for: the others are to be tried without it.
     except BaseException as error:
         if len(ready) > 1:
-            return [result for one in ready for result in _predict(lane, [one])]
+            return None
         ready[0][0].model_seconds = time.perf_counter() - started
         return [(ready[0][0], _translated(error))]
     seconds = time.perf_counter() - started

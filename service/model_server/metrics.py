@@ -77,11 +77,16 @@ class Metrics:
         self.requests_in_progress = Gauge(
             "model_requests_in_progress",
             "Predictions that wait for the model or are in it.",
+            ["model"],
             multiprocess_mode="livesum",
             registry=None,
         )
         self.queue_depth = Gauge(
-            "model_queue_depth", "Requests that wait for the model.", multiprocess_mode="livesum", registry=None
+            "model_queue_depth",
+            "Requests that wait for the model.",
+            ["model"],
+            multiprocess_mode="livesum",
+            registry=None,
         )
         self._requests = Counter("http_requests", "HTTP requests answered.", ["method", "path", "code"], registry=None)
         for (method, path), codes in _USUAL_CODES.items():
@@ -100,7 +105,7 @@ class Metrics:
         """Count under ``role`` from now on. Called first thing after a fork; no two live processes share a role."""
         self._role = role
         # The files are changed at the next use of any value; better now than inside the first request.
-        self.requests_in_progress.inc(0)
+        self.request_child("GET", "/health", 200).inc(0)
 
     def forget(self, role: str) -> None:
         """Drop the gauges of a dead process, and nothing else. Called by the parent before it forks a replacement."""
@@ -136,6 +141,8 @@ class ModelMetrics:
         self.queue_wait = metrics.queue_wait.labels(model)
         self.handler_duration = metrics.handler_duration.labels(model)
         self.rejected = {reason: metrics.rejected.labels(model, reason) for reason in REJECTIONS}
+        self.in_progress = metrics.requests_in_progress.labels(model)
+        self.queue_depth = metrics.queue_depth.labels(model)
         self._duration = metrics.prediction_duration.labels(model)
         self._batch_rows = metrics.batch_rows.labels(model)
         self._confidence = metrics.confidence.labels(model) if labels else None
@@ -205,7 +212,7 @@ def _histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
 
 
 class Exporter:
-    """Collects what all processes counted, and what the shared state says. Used by the control process."""
+    """Collects what all processes counted, and what the shared state says; in the control process and in workers."""
 
     def __init__(self, directory: str, config: Config, bundle: Bundle, state: SharedState) -> None:
         self._registry = CollectorRegistry()
@@ -252,16 +259,23 @@ class _Facts:
 
 def _constant_metrics(config: Config, bundle: Bundle) -> Iterator[Metric]:
     # A gauge, since prometheus_client's Info vanishes with several processes.
-    info = GaugeMetricFamily("model_info", "What is served; always 1.", labels=["model", "version", "bundle_digest"])
-    info.add_metric([bundle.name, bundle.version, bundle.digest], 1)
+    info = GaugeMetricFamily(
+        "model_info",
+        "What is served; always 1.",
+        labels=["model", "version", "bundle", "bundle_version", "bundle_digest"],
+    )
+    others = GaugeMetricFamily("model_training_metric", "Other metrics of the manifest.", labels=["model", "metric"])
+    for model in bundle.models:
+        info.add_metric([model.name, model.version, bundle.name, bundle.version, bundle.digest], 1)
+        for name, value in model.metrics.items():
+            if name == "accuracy":
+                metric = "acc_" + model.name.replace("-", "_")
+                yield GaugeMetricFamily(metric, "Accuracy measured by the training script.", value=value)
+            else:
+                others.add_metric([model.name, name], value)
     yield info
-    yield GaugeMetricFamily("model_queue_limit", "Predictions that may wait in one worker.", value=config.queue_limit)
-    others = GaugeMetricFamily("model_training_metric", "Other metrics of the manifest.", labels=["metric"])
-    for name, value in bundle.metrics.items():
-        if name == "accuracy":
-            metric = "acc_" + bundle.name.replace("-", "_")
-            yield GaugeMetricFamily(metric, "Accuracy measured by the training script.", value=value)
-        else:
-            others.add_metric([name], value)
+    yield GaugeMetricFamily(
+        "model_queue_limit", "Requests that may wait for one model in one worker.", value=config.queue_limit
+    )
     if others.samples:
         yield others

@@ -148,4 +148,5 @@ def in_background(count: int, call) -> tuple[list, list[threading.Thread]]:
 def load(service: Service) -> tuple[float, float]:
     """Requests that are accepted and not answered, and those of them that wait."""
     found = service.metrics()
-    return found["model_requests_in_progress"], found["model_queue_depth"]
+    label = '{model="simplemodel"}'
+    return found[f"model_requests_in_progress{label}"], found[f"model_queue_depth{label}"]

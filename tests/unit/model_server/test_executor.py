@@ -29,14 +29,16 @@ class FakeMetrics:
 class FakeModel:
     """Answers each row with its square; negative rows break the batch they are in, rows of 1000 can't be prepared."""
 
-    name, version = "fake", "1"
+    version = "1"
     max_delay_seconds = 0.0
 
-    def __init__(self, batch_seconds=0.0, max_batch_rows=8):
+    def __init__(self, batch_seconds=0.0, max_batch_rows=8, name="fake"):
+        self.name = name
         self.batch_seconds = batch_seconds
         self.max_batch_rows = max_batch_rows
         self.bundle = SimpleNamespace(output=SimpleNamespace(labels=()))
         self.batches = []
+        self.started = threading.Event()
         self.hold = threading.Event()
         self.hold.set()
 
@@ -47,6 +49,7 @@ class FakeModel:
 
     def predict(self, parts, wants_tensor=False):
         self.batches.append((wants_tensor, [list(part) for part in parts]))
+        self.started.set()
         self.hold.wait(SECONDS)
         if any(row < 0 for part in parts for row in part):
             raise ModelFailed("negative")
@@ -56,15 +59,16 @@ class FakeModel:
 class Harness:
     """An executor with its calls' results, driven as the server's loop drives it."""
 
-    def __init__(self, model, limit=1000):
-        self.model = model
+    def __init__(self, *models, limit=1000):
+        self.model = models[0]
         self.results = {}
+        self.stamps = []
         self.woken = threading.Event()
-        self.executor = Executor(Models([model]), limit, FakeMetrics(), lambda _: None)
+        self.executor = Executor(Models(models), limit, FakeMetrics(), self.stamps.append)
         self.executor.wake = self.woken.set
 
-    def call(self, key, rows, **details):
-        made = Call(self.model, rows, lambda outputs: Reply(repr(outputs).encode()), **details)
+    def call(self, key, rows, model=None, **details):
+        made = Call(model or self.model, rows, lambda outputs: Reply(repr(outputs).encode()), **details)
         made.finish = lambda _, result: self.results.__setitem__(key, result)
         return made
 
@@ -73,6 +77,21 @@ class Harness:
             self.executor.submit(self.call(key, rows, **details))
         except Refusal as refusal:
             self.results[key] = refusal
+
+    def hold(self, key, rows, **details):
+        """Have the model stay at this call until its ``hold`` is set."""
+        self.model.hold.clear()
+        self.submit(key, rows, **details)
+        assert self.model.started.wait(SECONDS)
+
+    def submit_and_wait_for_company(self, key, rows):
+        """Submit a call for which the thread then waits for others to make a batch with."""
+        gathers = threading.Event()
+        condition = self.executor._some
+        wait = condition.wait
+        condition.wait = lambda seconds=None: (seconds and gathers.set(), wait(seconds))
+        self.submit(key, rows)
+        assert gathers.wait(SECONDS)
 
     def run_until(self, count):
         deadline = time.monotonic() + SECONDS
@@ -124,10 +143,7 @@ def test_everybody_gets_their_own_answer(batch_seconds, requests):
 def test_what_waits_is_taken_together_and_unlike_calls_apart():
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model)
-    model.hold.clear()
-    harness.submit("first", [1])
-    while not model.batches:
-        time.sleep(0.001)
+    harness.hold("first", [1])
     for key in range(4):
         harness.submit(key, [key])
     harness.submit("tensor", [5], wants_tensor=True)
@@ -139,10 +155,7 @@ def test_what_waits_is_taken_together_and_unlike_calls_apart():
 def test_a_full_queue_refuses_and_the_rest_is_served():
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model, limit=2)
-    model.hold.clear()
-    harness.submit("running", [1])
-    while not model.batches:
-        time.sleep(0.001)
+    harness.hold("running", [1])
     for key in ("a", "b", "refused"):
         harness.submit(key, [2])
     refusal = harness.results["refused"]
@@ -156,10 +169,7 @@ def test_bodies_that_wait_are_bounded_too(monkeypatch):
     monkeypatch.setattr(module, "_MOST_WAITING_BYTES", 100)
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model)
-    model.hold.clear()
-    harness.submit("running", [1], size=90)
-    while not model.batches:
-        time.sleep(0.001)
+    harness.hold("running", [1], size=90)
     harness.submit("waits", [1], size=90)
     harness.submit("refused", [1], size=20)
     assert harness.results["refused"].status == 503
@@ -179,10 +189,7 @@ def test_turns_of_the_loop_leave_the_threads_queue_alone(monkeypatch):
     monkeypatch.setattr(module, "_MOST_WAITING_BYTES", 100)
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model)
-    model.hold.clear()
-    harness.submit("running", [1], size=40)
-    while not model.batches:
-        time.sleep(0.001)
+    harness.hold("running", [1], size=40)
     harness.submit("waits", [2], size=40)
     for _ in range(5):
         harness.executor.run_inline()
@@ -199,13 +206,9 @@ def test_turns_of_the_loop_leave_the_threads_queue_alone(monkeypatch):
 def test_those_who_gave_up_leave_their_places():
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model, limit=2)
-    model.hold.clear()
-    harness.submit("running", [1])
-    while not model.batches:
-        time.sleep(0.001)
-    harness.submit("late", [2], seconds=0.001, size=module._MOST_WAITING_BYTES // 2)
+    harness.hold("running", [1])
+    harness.submit("late", [2], received=time.perf_counter() - 1, seconds=0.5, size=module._MOST_WAITING_BYTES // 2)
     harness.submit("gone", [3], is_alive=lambda: False, size=module._MOST_WAITING_BYTES // 2)
-    time.sleep(0.01)
     for key in ("a", "b"):
         harness.submit(key, [4], size=module._MOST_WAITING_BYTES // 2)
     harness.submit("refused", [5])
@@ -243,14 +246,10 @@ def test_rows_that_take_long_to_prepare_hold_up_nobody(monkeypatch, batch_second
 def test_those_who_gave_up_are_not_computed():
     model = FakeModel(batch_seconds=1.0)
     harness = Harness(model)
-    model.hold.clear()
-    harness.submit("running", [1])
-    while not model.batches:
-        time.sleep(0.001)
-    harness.submit("late", [2], seconds=0.001)
+    harness.hold("running", [1])
+    harness.submit("late", [2], received=time.perf_counter() - 1, seconds=0.5)
     harness.submit("gone", [3], is_alive=lambda: False)
     harness.submit("patient", [4], seconds=60.0)
-    time.sleep(0.01)
     model.hold.set()
     harness.run_until(4)
     assert (harness.results["late"].status, harness.results["late"].reason) == (504, "deadline")
@@ -260,13 +259,72 @@ def test_those_who_gave_up_are_not_computed():
 
 def test_a_bundle_may_ask_to_wait_for_a_fuller_batch():
     model = FakeModel(batch_seconds=1.0, max_batch_rows=3)
-    model.max_delay_seconds = SECONDS
+    model.max_delay_seconds = 10 * SECONDS
     harness = Harness(model)
-    for key in range(3):
+    harness.submit_and_wait_for_company(0, [0])
+    for key in (1, 2):
         harness.submit(key, [key])
-        time.sleep(0.01)
     harness.run_until(3)
     assert model.batches == [(False, [[0], [1], [2]])]
+
+
+def test_waiting_for_a_fuller_batch_holds_up_no_other_model():
+    patient, other = FakeModel(batch_seconds=1.0), FakeModel(batch_seconds=1.0, name="other")
+    patient.max_delay_seconds = 10 * SECONDS
+    harness = Harness(patient, other)
+    harness.submit_and_wait_for_company("patient", [2])
+    harness.submit("other", [3], model=other)
+    harness.run_until(2)
+    assert all(isinstance(result, Reply) for result in harness.results.values())
+
+
+def test_models_take_turns():
+    flooded, other = FakeModel(batch_seconds=1.0, max_batch_rows=1), FakeModel(batch_seconds=1.0, name="other")
+    # In one list the order shows.
+    other.batches = flooded.batches
+    harness = Harness(flooded, other)
+    harness.hold("running", [0])
+    for key in range(50):
+        harness.submit(key, [key])
+    harness.submit("other", [100], model=other)
+    assert len(harness.executor._threaded) == 2
+    flooded.hold.set()
+    harness.run_until(52)
+    assert [parts for _, parts in flooded.batches].index([[100]]) <= 2
+    assert not harness.executor._threaded
+
+
+def test_what_failed_together_is_tried_apart_by_whoever_still_waits():
+    model, other = FakeModel(batch_seconds=1.0), FakeModel(batch_seconds=1.0, name="other")
+    other.batches = model.batches
+    harness = Harness(model, other)
+    harness.hold("running", [0])
+    harness.submit("bad", [-1], size=100)
+    # Leaves while the one before it is tried.
+    harness.submit("gone", [2], is_alive=lambda: model.batches[-1][1] != [[-1]])
+    harness.submit("good", [3])
+    harness.submit("other", [100], model=other)
+    model.hold.set()
+    harness.run_until(5)
+    assert harness.results["gone"].reason == "abandoned"
+    check(harness.results["bad"], [-1])
+    check(harness.results["good"], [3])
+    assert [parts for _, parts in model.batches] == [[[0]], [[-1], [2], [3]], [[100]], [[-1]], [[3]]]
+    # For those who look for one that hangs, each try begins anew; one of them came too late to be run.
+    assert harness.stamps == [True, False] * 6
+    assert harness.executor._bytes == 0
+
+
+def test_quick_models_leave_the_mark_of_one_that_hangs():
+    slow, quick = FakeModel(batch_seconds=1.0), FakeModel(name="quick")
+    harness = Harness(slow, quick)
+    harness.hold("slow", [1])
+    harness.submit("quick", [2], model=quick)
+    harness.run_until(1)
+    assert list(harness.results) == ["quick"] and harness.stamps == [True]
+    slow.hold.set()
+    harness.run_until(2)
+    assert harness.stamps == [True, False]
 
 
 def test_waiting_for_a_fuller_batch_leaves_time_for_the_prediction():
@@ -279,20 +337,41 @@ def test_waiting_for_a_fuller_batch_leaves_time_for_the_prediction():
     assert all(isinstance(result, Reply) for result in harness.results.values())
 
 
-def test_a_model_that_becomes_slow_leaves_the_loop(monkeypatch):
-    monkeypatch.setattr(module, "INLINE_SECONDS", 0.001)
-    model = FakeModel(batch_seconds=0.0)
-    harness = Harness(model)
-    callers = []
+class Clock:
+    """A clock that stands still but for what a test adds."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def callers_of(clock, durations):
+    """Which thread calls a quick model for each of as many batches, which take that long."""
+    model, callers = FakeModel(), []
     predict = model.predict
-    model.predict = lambda *given: (callers.append(threading.current_thread().name), time.sleep(0.2), predict(*given))[
-        2
-    ]
-    harness.submit("quick so far", [1])
-    harness.run_until(1)
-    harness.submit("slow", [2])
-    harness.run_until(2)
-    assert callers == ["MainThread", "model"]
+
+    def slow_predict(*given):
+        callers.append(threading.current_thread().name)
+        clock.now += durations[len(callers) - 1]
+        return predict(*given)
+
+    model.predict = slow_predict
+    harness = Harness(model)
+    for key in range(len(durations)):
+        harness.submit(key, [key], received=0.0)
+        harness.run_until(key + 1)
+    return callers
+
+
+def test_a_model_that_becomes_slow_leaves_the_loop(monkeypatch):
+    callers = callers_of(Clock(monkeypatch), [0.001] * 100 + [0.02] * 100)
+    assert callers[:101] == ["MainThread"] * 101 and callers[-1] == "model"
+
+
+@pytest.mark.parametrize("before", [0, 100], ids=["at its first batch", "later"])
+def test_a_quick_model_stays_in_the_loop_when_it_stalls_once(monkeypatch, before):
+    callers = callers_of(Clock(monkeypatch), [0.001] * before + [10.0] + [0.001] * 10)
+    assert set(callers) == {"MainThread"}
 
 
 def test_a_wrong_number_of_outputs_is_nobodys_answer():
