@@ -17,6 +17,11 @@ _LONGEST_MESSAGE = 4000
 _LONGEST_TRACEBACK = 8000
 
 
+def rfc3339(seconds: float) -> str:
+    """A time, in seconds since the epoch, as text in UTC, to the millisecond."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 class Log:
     """Writes one JSON object a line to a file descriptor, with a set of fields common to all lines.
 
@@ -51,7 +56,7 @@ class Log:
 
     def _write(self, level: str, event: str, message: str, fields: dict[str, Any]) -> None:
         line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": rfc3339(time.time()),
             "level": level,
             "event": event,
             "message": message[:_LONGEST_MESSAGE],

@@ -8,8 +8,8 @@ import time
 
 from model_server import payload
 from model_server.config import Config
-from model_server.core import Models, Refusal
-from model_server.jobs import prepare
+from model_server.core import Models
+from model_server.jobs import Outage, create
 from model_server.jobs.queue import Queue
 from model_server.jobs.store import Job, Store
 from model_server.logs import Log
@@ -35,9 +35,12 @@ def run_consumer(models: Models, config: Config, metrics: Metrics, log: Log) -> 
     prove(models)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
     # As at the start; a disk that was full then may have room by now.
-    while not prepare(config.jobs, log):
+    outage = Outage(log)
+    while (problem := create(config.jobs)) is not None:
+        outage.begin(problem)
         if signal.sigtimedwait((signal.SIGTERM,), _UNAVAILABLE_SECONDS) is not None:
             return
+    outage.end()
     consumer = _Consumer(models, config, metrics, log)
     consumer.begin()
     while signal.sigtimedwait((signal.SIGTERM,), _TURN_SECONDS) is None:
@@ -51,6 +54,7 @@ class _Consumer:
     def __init__(self, models: Models, config: Config, metrics: Metrics, log: Log) -> None:
         self._models = models
         self._versions = {model.name: model.version for model in models.all}
+        self._names = list(self._versions)
         self._colour = config.colour
         self._longest_seconds = config.jobs.longest_seconds
         self._log = log
@@ -58,6 +62,8 @@ class _Consumer:
         self._store = Store(config.jobs)
         self._queue = Queue(config.jobs, config.colour, self._run)
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._started = time.monotonic()
+        self._outage = Outage(log)
         self._stopping = False
         self._failure: BaseException | None = None
         # The job that runs, and since when, of time.monotonic.
@@ -65,7 +71,12 @@ class _Consumer:
 
     def begin(self) -> None:
         """Take up what the last consumer of this colour has left, and start."""
-        for job in self._store.recover(self._colour):
+        left, failed = self._store.recover(self._colour, self._names)
+        if left:
+            self._log.warning(
+                "jobs_left", f"{left} jobs of models that aren't served here wait for a colour that does", jobs=left
+            )
+        for job in failed:
             self._note(job, "failed")
         # The table has all of it, and in the right order.
         self._refill()
@@ -85,7 +96,9 @@ class _Consumer:
             self._upkeep()
         except sqlite3.Error as error:
             # The job that runs is worth more than a process that starts anew.
-            self._log.warning("jobs_upkeep_failed", f"the file of the jobs can't be used: {error}")
+            self._outage.begin(f"the file of the jobs can't be used: {error}")
+        else:
+            self._outage.end()
 
     def end(self, seconds: float) -> None:
         """Let the job that runs finish within ``seconds``, or have it run again by whoever comes next."""
@@ -98,9 +111,12 @@ class _Consumer:
     def _upkeep(self) -> None:
         self._store.beat(self._colour)
         self._store.expire()
-        adopted, failed = self._store.adopt(self._colour, list(self._versions), SILENT_SECONDS)
+        adopted, failed = self._store.adopt(self._colour, self._names, SILENT_SECONDS)
+        # Not at once: the other colour may be about to take what this one has left, or be started anew just now.
+        if time.monotonic() - self._started > SILENT_SECONDS:
+            failed = [*failed, *self._store.give_up(self._names)]
         if adopted:
-            self._log.warning("jobs_adopted", f"{adopted} jobs of a colour that is down are taken over", jobs=adopted)
+            self._log.warning("jobs_adopted", f"{adopted} jobs that no other colour runs are taken over", jobs=adopted)
             # They are older than what waits here: filled from the table again, the queue is in the right order.
             self._refill()
         for job in failed:
@@ -112,8 +128,7 @@ class _Consumer:
     def _refill(self) -> None:
         self._queue.clear()
         # Workers may add new jobs meanwhile, which are then there twice: the second time there's nothing to claim.
-        for job_id in self._store.waiting(self._colour):
-            self._queue.put(job_id)
+        self._queue.put(*self._store.waiting(self._colour))
 
     def _work(self) -> None:
         try:
@@ -147,8 +162,6 @@ class _Consumer:
             rows = payload.parse(body, model.bundle.input, model.bundle.max_rows)
             [output] = model.predict([model.prepare(rows.values)])
             return payload.render(output, rows.single), ""
-        except Refusal as refusal:
-            return None, refusal.message
         except (payload.BadRequest, payload.NotFinite) as error:
             return None, str(error)
         # Whatever the model's code raises: the next job may do better.

@@ -57,9 +57,12 @@ class Queue:
 
         self._job = job
 
-    def put(self, job_id: str) -> None:
-        """Add a job at the end."""
-        self._job(job_id)
+    def put(self, *job_ids: str) -> None:
+        """Add jobs at the end, in one transaction: each is synced to the disk."""
+        storage = self._huey.storage
+        tasks = [(storage.name, self._huey.serialize_task(self._job.s(job_id))) for job_id in job_ids]
+        with storage.db(commit=True) as cursor:
+            cursor.executemany("insert into task (queue, data) values (?, ?)", tasks)
 
     def take(self) -> Task | None:
         """The next task, or None. Its ``execute`` runs the job."""

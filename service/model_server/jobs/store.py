@@ -28,6 +28,9 @@ _EXPIRED_AT_ONCE = 500
 # How much the latest run counts in the mean duration of a model's jobs.
 _NEWEST_WEIGHT = 0.2
 _DIED = "the service died while it ran"
+_UNSERVED = "no colour serves its model any more"
+# The colour of pending jobs that wait for any colour which serves their model.
+NOBODY = ""
 
 # `tally` is kept by triggers, since counting and summing would take longer with each job.
 _SCHEMA = f"""
@@ -66,8 +69,8 @@ create table if not exists consumers (colour text primary key, beat real not nul
 class Job:
     """A job without its input and result. Times are seconds since the epoch.
 
-    ``version`` was served when it was submitted; ``colour`` is the one that is to run it; ``ran_version`` and
-    ``ran_colour`` say who did, or does.
+    ``version`` was served when it was submitted; ``colour`` is the one that is to run it, or NOBODY; ``ran_version``
+    and ``ran_colour`` say who did, or does.
     """
 
     id: str
@@ -146,7 +149,7 @@ class Store:
     def place(self, job: Job) -> tuple[int, float | None]:
         """Where a pending job stands in its queue (the next one is 1), and in how many seconds it should be done.
 
-        None where no job of a model before it, or of its own, was ever measured.
+        None where no job of a model before it, or of its own, was ever measured. The colour mustn't be NOBODY.
         """
         [row] = self._read(
             "select sum(status = 'pending'), case when count(*) = count(seconds) then sum(seconds) end"
@@ -221,18 +224,18 @@ class Store:
     # What follows is for consumers.
 
     def claim(self, job_id: str, colour: str, versions: Mapping[str, str]) -> tuple[Job, bytes] | None:
-        """Start a pending job of ``colour``; it and its input, or None where it isn't to be run any more.
+        """Start a pending job of ``colour``; it and its input, or None where it isn't to be run, or not by this colour.
 
         ``versions`` are those of the models that the colour serves.
         """
         with self._transaction() as connection:
             job = self._find_or_none(connection, job_id)
-            if job is None or (job.status, job.colour) != ("pending", colour):
+            if job is None or (job.status, job.colour) != ("pending", colour) or job.model not in versions:
                 return None
             [row] = connection.execute(
                 "update jobs set status = 'in_progress', attempts = attempts + 1, started = ?, ran_version = ?,"
                 f" ran_colour = ? where id = ? returning {_COLUMNS}, input",
-                (time.time(), versions.get(job.model), colour, job_id),
+                (time.time(), versions[job.model], colour, job_id),
             ).fetchall()
             return Job(*row[:-1]), row[-1]
 
@@ -263,29 +266,46 @@ class Store:
         """Have a job that was claimed run again, through no fault of its own."""
         return self._end_claim(job, f"attempts = attempts - 1, {_UNCLAIMED}", ())
 
-    def recover(self, colour: str) -> Sequence[Job]:
-        """Put what a dead consumer of this colour was at back into the queue; the jobs that have failed for good."""
+    def recover(self, colour: str, models: Sequence[str]) -> tuple[int, Sequence[Job]]:
+        """Put what a dead consumer of this colour was at back into the queue, and leave the jobs of other models than
+        ``models`` to whoever serves them; how many of those there are, and the jobs that have failed for good.
+        """
         with self._transaction() as connection:
-            return self._release(connection, "colour = ?", (colour,))
+            failed = self._release(connection, "colour = ?", (colour,))
+            left = connection.execute(
+                f"update jobs set colour = ? where colour = ? and status = 'pending' and model not in {_marks(models)}",
+                (NOBODY, colour, *models),
+            ).rowcount
+            return left, failed
 
     def adopt(self, colour: str, models: Sequence[str], silent_seconds: float) -> tuple[int, Sequence[Job]]:
-        """Take over the jobs of colours whose consumer is silent; how many, and those that have failed for good.
+        """Take over the jobs of nobody, and of colours whose consumer is silent; how many, and those that have failed
+        for good.
 
-        Only jobs of ``models``: nobody else could run the others either.
+        Only jobs of ``models``: this colour couldn't run the others either.
         """
-        names = ", ".join("?" * len(models))
         with self._transaction() as connection:
             # Where no consumer of the colour was ever seen, the job's age is what counts.
             adopted = connection.execute(
                 f"update jobs set colour = ? where colour != ? and status in ('pending', 'in_progress')"
-                f" and model in ({names}) and"
-                " coalesce((select beat from consumers where consumers.colour = jobs.colour), submitted) < ?"
+                f" and model in {_marks(models)} and (colour = ? or"
+                " coalesce((select beat from consumers where consumers.colour = jobs.colour), submitted) < ?)"
                 " returning id",
-                (colour, colour, *models, time.time() - silent_seconds),
+                (colour, colour, *models, NOBODY, time.time() - silent_seconds),
             ).fetchall()
             ids = [row[0] for row in adopted]
-            marks = ", ".join("?" * len(ids))
-            return len(ids), self._release(connection, f"id in ({marks})", ids) if ids else ()
+            return len(ids), self._release(connection, f"id in {_marks(ids)}", ids) if ids else ()
+
+    def give_up(self, models: Sequence[str]) -> Sequence[Job]:
+        """End the jobs of nobody that are as old as results get, but those of ``models``; those that have failed."""
+        now = time.time()
+        with self._transaction() as connection:
+            rows = connection.execute(
+                f"update jobs set status = 'failed', finished = ?, error = '{_UNSERVED}' where colour = ?"
+                f" and status = 'pending' and submitted <= ? and model not in {_marks(models)} returning {_COLUMNS}",
+                (now, NOBODY, now - self._config.keep_seconds, *models),
+            ).fetchall()
+            return [Job(*row) for row in rows]
 
     def waiting(self, colour: str) -> Sequence[str]:
         """The pending jobs of a colour, the next one first."""
@@ -382,3 +402,8 @@ _NEXT_TURN = "(select coalesce(max(turn), 0) + 1 from jobs)"
 _UNCLAIMED = "status = 'pending', started = null, ran_version = null, ran_colour = null"
 # Since then it may have been canceled, or another consumer may have started it.
 _STILL_CLAIMED = "id = ? and status = 'in_progress' and started = ?"
+
+
+def _marks(values: Sequence[str]) -> str:
+    """Placeholders for a list of ``values``."""
+    return f"({', '.join('?' * len(values))})"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import flask
 
 from model_server.core import Models, Route
-from model_server.protocols import docs, kserve, named, native, oip, openapi, torchserve
+from model_server.protocols import docs, jobs, kserve, named, native, oip, openapi, torchserve
 from model_server.state import SharedState
 
 _PROTOCOLS = (named, oip, torchserve, kserve)
@@ -16,9 +16,15 @@ def prediction_routes(models: Models) -> Sequence[Route]:
     return [route for protocol in (native, *_PROTOCOLS) for route in protocol.routes(models)]
 
 
-def blueprints(models: Models, state: SharedState, is_ready: Callable[[], bool]) -> Sequence[flask.Blueprint]:
-    """All other routes. ``is_ready`` says whether the service can predict."""
-    operations = [operation for protocol in _PROTOCOLS for operation in protocol.operations(models)]
+def blueprints(
+    models: Models, state: SharedState, is_ready: Callable[[], bool], has_jobs: bool
+) -> Sequence[flask.Blueprint]:
+    """All other routes, but those of jobs, which ``jobs`` has; ``has_jobs`` says whether the document holds them.
+
+    ``is_ready`` says whether the service can predict.
+    """
+    described = (*_PROTOCOLS, jobs) if has_jobs else _PROTOCOLS
+    operations = [operation for protocol in described for operation in protocol.operations(models)]
     return [
         named.blueprint(models, is_ready),
         oip.blueprint(models, is_ready),

@@ -1,19 +1,27 @@
 """Jobs over HTTP: ``POST /v1/jobs`` and what is under ``/v1/jobs/``."""
 
 import sqlite3
-from datetime import UTC, datetime
 from typing import Any
 
 import flask
 
 from model_server import payload
 from model_server.config import Config
-from model_server.core import Models, Refusal, decompressed, too_large
+from model_server.core import Models, Refusal, plain_body
 from model_server.jobs.queue import Queue
-from model_server.jobs.store import STATUSES, Job, Store
-from model_server.logs import Log
+from model_server.jobs.store import NOBODY, STATUSES, Job, Store
+from model_server.logs import Log, rfc3339
 from model_server.metrics import Metrics
 from model_server.model import Model
+from model_server.protocols.operations import (
+    Operation,
+    example_of,
+    json_content,
+    one_or_list,
+    record,
+    row_schema,
+    value_schema,
+)
 from model_server.web import error_response, json_response
 
 _LONGEST_KEY = 255
@@ -23,12 +31,6 @@ _USUAL_LIST, _LONGEST_LIST = 100, 1000
 def create_blueprint(models: Models, config: Config, metrics: Metrics, log: Log) -> flask.Blueprint:
     """The routes of jobs; each answers 404 where jobs are not enabled."""
     routes = flask.Blueprint("jobs", __name__)
-
-    @routes.errorhandler(Refusal)
-    def refused(error: Refusal) -> flask.Response:
-        response = error_response(error.message, error.status)
-        response.headers.extend(error.headers)
-        return response
 
     @routes.errorhandler(payload.BadRequest)
     def bad_request(error: payload.BadRequest) -> flask.Response:
@@ -61,7 +63,8 @@ def _add_routes(routes: flask.Blueprint, models: Models, config: Config, metrics
     queue = Queue(config.jobs, config.colour)
 
     def document(job: Job) -> dict[str, Any]:
-        position, seconds = store.place(job) if job.status == "pending" else (None, None)
+        waits = job.status == "pending" and job.colour != NOBODY
+        position, seconds = store.place(job) if waits else (None, None)
         return {
             **_document(job),
             "expires": _time(store.expires(job)),
@@ -77,7 +80,9 @@ def _add_routes(routes: flask.Blueprint, models: Models, config: Config, metrics
             log.warning("job_not_enqueued", f"job {job.id} waits for the consumer to find it: {error}", job=job.id)
 
     def submit(model: Model) -> flask.Response:
-        body = _body(config.max_body_bytes)
+        request = flask.request
+        encoding = request.headers.get("Content-Encoding")
+        body = plain_body(request.get_data(cache=False), encoding, config.max_body_bytes)
         payload.parse(body, model.bundle.input, model.bundle.max_rows)
         job, is_new = store.submit(model.name, model.version, config.colour, body, _key())
         if is_new:
@@ -161,15 +166,6 @@ def _document(job: Job) -> dict[str, Any]:
     }
 
 
-def _body(limit: int) -> bytes:
-    request = flask.request
-    size = request.content_length or 0
-    if size > limit:
-        raise too_large(size, limit)
-    encoding = request.headers.get("Content-Encoding")
-    return decompressed(request.get_data(cache=False), encoding and encoding.strip().lower(), limit)
-
-
 def _key() -> str | None:
     key = flask.request.headers.get("Idempotency-Key")
     if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isascii() and key.isprintable()):
@@ -186,6 +182,83 @@ def _limit(text: str | None) -> int:
 
 
 def _time(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return None if seconds is None else rfc3339(seconds)
+
+
+_TAG = "Jobs"
+_TEXT = {"type": "string"}
+_MAYBE_TEXT = {"type": "string", "nullable": True}
+_ANSWER = record(
+    id=_TEXT,
+    status={"type": "string", "enum": list(STATUSES)},
+    model=_TEXT,
+    version=_TEXT,
+    submitted=_TEXT,
+    started=_MAYBE_TEXT,
+    finished=_MAYBE_TEXT,
+    attempts={"type": "integer"},
+    ran_by={**record(colour=_TEXT, version=_TEXT), "nullable": True},
+    error=_MAYBE_TEXT,
+)
+_JOB = json_content(
+    {
+        "allOf": [
+            _ANSWER,
+            record(
+                expires=_MAYBE_TEXT,
+                position={"type": "integer", "nullable": True},
+                estimated_seconds={"type": "number", "nullable": True},
+            ),
+        ]
+    }
+)
+_ID = {"name": "job_id", "in": "path", "required": True, "schema": {**_TEXT, "pattern": "^[0-9a-f]{32}$"}}
+
+
+def operations(models: Models) -> list[Operation]:
+    """Of these routes, where jobs are enabled."""
+    listed = json_content(record(jobs={"type": "array", "items": _ANSWER}, next=_MAYBE_TEXT))
+    results = [record(output=one_or_list(value_schema(model), model)) for model in models.all]
+    of_job = {"refusals": (404, 503), "parameters": [_ID]}
+    of_change = {"refusals": (404, 409, 503), "parameters": [_ID]}
+    of_end = {"refusals": (404, 409, 410, 503), "parameters": [_ID]}
+    limit = {"type": "integer", "minimum": 1, "maximum": _LONGEST_LIST, "default": _USUAL_LIST}
+    filters = [
+        {"name": "status", "in": "query", "schema": {"type": "string", "enum": list(STATUSES)}},
+        {"name": "limit", "in": "query", "schema": limit},
+        {"name": "after", "in": "query", "schema": _ID["schema"], "description": "The `next` of the page before."},
+    ]
+    path = "/v1/jobs/{job_id}"
+    return [
+        _submission("/v1/jobs", models.default),
+        *(_submission(f"/v1/model/{model.name}/jobs", model) for model in models.all),
+        Operation(
+            "GET", "/v1/jobs", _TAG, "The jobs, the newest first", listed, refusals=(400, 404, 503), parameters=filters
+        ),
+        Operation("GET", path, _TAG, "How far a job is", _JOB, **of_job),
+        Operation("GET", f"{path}/result", _TAG, "What a job has come to", json_content({"anyOf": results}), **of_end),
+        Operation("POST", f"{path}/cancel", _TAG, "End a job that isn't finished", _JOB, **of_change),
+        Operation("POST", f"{path}/retry", _TAG, "Run a failed or canceled job again", _JOB, statuses=(202,), **of_end),
+    ]
+
+
+def _submission(path: str, model: Model) -> Operation:
+    body = json_content(record(data=one_or_list(row_schema(model), model)), {"data": example_of(model)[0]})
+    key = {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "The same request with the same key is the same job, and answered with 200.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": _LONGEST_KEY, "pattern": "^[ -~]+$"},
+    }
+    return Operation(
+        "POST",
+        path,
+        _TAG,
+        f"Have {model.name} predict later",
+        _JOB,
+        body,
+        predicts=True,
+        statuses=(200, 202),
+        refusals=(400, 413, 415, 422, 503, 507),
+        parameters=[key],
+    )

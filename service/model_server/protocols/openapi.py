@@ -8,7 +8,7 @@ from typing import Any
 
 import flask
 
-from model_server.core import TIMEOUT_HEADER, Models
+from model_server.core import LONGEST_TIMEOUT_SECONDS, TIMEOUT_HEADER, Models
 from model_server.protocols.operations import Operation, json_content, record
 
 _PREDICTION_ERRORS = (400, 404, 413, 415, 500, 503, 504)
@@ -35,7 +35,12 @@ _PARAMETERS = {
         "name": TIMEOUT_HEADER,
         "in": "header",
         "description": "For how many seconds the caller waits; a request that would begin later is answered with 504.",
-        "schema": {"type": "number", "minimum": 0, "exclusiveMinimum": True, "maximum": 3600},
+        "schema": {
+            "type": "number",
+            "minimum": 0,
+            "exclusiveMinimum": True,
+            "maximum": LONGEST_TIMEOUT_SECONDS,
+        },
     },
 }
 
@@ -82,9 +87,19 @@ def blueprint(models: Models, operations: Sequence[Operation]) -> flask.Blueprin
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    responses = {"200": {"description": "OK", "headers": _ALL_HEADERS, "content": operation.answer}}
-    if operation.predicts:
-        responses |= {str(status): _error(status, operation.error) for status in _PREDICTION_ERRORS}
+    refusals, parameters = operation.refusals, list(operation.parameters)
+    if operation.predicts and not refusals:
+        refusals = _PREDICTION_ERRORS
+        parameters = [{"$ref": f"#/components/parameters/{name}"} for name in _PARAMETERS]
+    responses = {
+        str(status): {
+            "description": HTTPStatus(status).phrase,
+            "headers": _ALL_HEADERS,
+            "content": operation.answer,
+        }
+        for status in operation.statuses
+    }
+    responses |= {str(status): _error(status, operation.error) for status in refusals}
     if operation.unready is not None:
         responses["503"] = {"description": "Not ready", "headers": _ALL_HEADERS, "content": operation.unready}
     described: dict[str, Any] = {
@@ -94,8 +109,8 @@ def _described(operation: Operation) -> dict[str, Any]:
         "operationId": re.sub(r"[^A-Za-z0-9.-]", "_", operation.method.lower() + operation.path),
         "responses": responses,
     }
-    if operation.predicts:
-        described["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in _PARAMETERS]
+    if parameters:
+        described["parameters"] = parameters
     if operation.body is not None:
         described["requestBody"] = {"required": operation.predicts, "content": operation.body}
     return described

@@ -1,15 +1,16 @@
 """What a protocol says of each of its routes in the OpenAPI document."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from model_server.core import JSON
+from model_server.protocols import forms
 
 if TYPE_CHECKING:
     from model_server.model import Model
 
 BINARY = "application/octet-stream"
-FORM = "multipart/form-data"
 
 # For each media type that a body may have: its schema, and mostly an example.
 Content = dict[str, dict[str, Any]]
@@ -20,7 +21,8 @@ class Operation:
     """One method of one path; the path is concrete, with the model's name in it.
 
     ``predicts``: it may be refused as any prediction may be. ``unready`` is the answer with the status 503 of what
-    tells whether something is ready. ``error`` names the schema of errors.
+    tells whether something is ready. ``error`` names the schema of errors. ``statuses`` are those of the answer;
+    ``refusals`` those of errors, and ``parameters`` in OpenAPI's form, where they aren't those of any prediction.
     """
 
     method: str
@@ -32,6 +34,9 @@ class Operation:
     predicts: bool = False
     unready: Content | None = None
     error: str = "Error"
+    statuses: Sequence[int] = (200,)
+    refusals: Sequence[int] = ()
+    parameters: Sequence[dict[str, Any]] = ()
 
 
 def json_content(schema: dict[str, Any], example: Any = None) -> Content:
@@ -47,7 +52,7 @@ def file_content() -> Content:
 def form_content(field: str) -> Content:
     """A form with a file."""
     properties = {field: {"type": "string", "format": "binary"}}
-    return {FORM: {"schema": {"type": "object", "properties": properties, "required": [field]}}}
+    return {forms.FORM: {"schema": {"type": "object", "properties": properties, "required": [field]}}}
 
 
 def record(**properties: dict[str, Any]) -> dict[str, Any]:

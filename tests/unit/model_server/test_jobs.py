@@ -2,10 +2,12 @@
 
 import dataclasses
 import fcntl
+import json
 import sqlite3
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from model_server import jobs
@@ -24,7 +26,7 @@ CONFIG = JobsConfig(Path(), limit=3, attempts=2, keep_seconds=100, longest_secon
 @pytest.fixture
 def config(tmp_path: Path) -> JobsConfig:
     config = dataclasses.replace(CONFIG, directory=tmp_path)
-    assert jobs.prepare(config, Log())
+    assert jobs.create(config) is None
     return config
 
 
@@ -221,12 +223,12 @@ def test_an_expired_job_isnt_retried(store, config):
 def test_what_a_dead_consumer_was_at_goes_first_again_until_it_has_died_too_often(store):
     first, second = submit(store), submit(store)
     claim(store, first)
-    assert store.recover("green") == []
+    assert store.recover("green", ["m"]) == (0, [])
     assert store.find(first.id).status == "in_progress"
-    assert store.recover("blue") == []
+    assert store.recover("blue", ["m"]) == (0, [])
     assert store.waiting("blue") == [first.id, second.id]
     claim(store, first)
-    [failed] = store.recover("blue")
+    _, [failed] = store.recover("blue", ["m"])
     assert (failed.id, failed.attempts, failed.error) == (first.id, 2, "the service died while it ran")
     assert store.find(first.id).status == "failed" and store.waiting("blue") == [second.id]
 
@@ -265,12 +267,53 @@ def test_jobs_of_a_silent_colour_are_adopted_once(store, config):
 def test_an_adopted_job_that_has_died_too_often_fails(store, config):
     job = submit(store)
     claim(store, job)
-    store.recover("blue")
+    store.recover("blue", ["m"])
     claim(store, job)
     assert store.adopt("green", ["m"], 120)[0] == 0
     sql(config, "update jobs set submitted = submitted - 121")
     [failed] = store.adopt("green", ["m"], 120)[1]
     assert (failed.id, failed.status) == (job.id, "failed")
+
+
+def test_jobs_of_a_model_that_the_colour_lost_go_to_the_one_that_serves_it(store):
+    store.beat("blue")
+    running, waiting, own = submit(store), submit(store), store.submit("other", "1", "blue", BODY)[0]
+    claim(store, running)
+    assert store.claim(waiting.id, "blue", {"other": "1"}) is None
+    assert store.recover("blue", ["other"]) == (2, [])
+    assert store.waiting("blue") == [own.id] and store.find(running.id).status == "pending"
+    assert claim(store, waiting) is None and claim(store, waiting, "green") is None
+    assert store.adopt("blue", ["other"], 120) == (0, ())
+    assert store.adopt("green", ["m"], 120) == (2, [])
+    assert store.waiting("green") == [running.id, waiting.id]
+
+
+def test_jobs_of_a_model_that_nobody_serves_wait_and_then_fail(store, config):
+    job = submit(store)
+    store.recover("blue", ["other"])
+    assert store.give_up(["other"]) == [] and store.find(job.id).status == "pending"
+    sql(config, "update jobs set submitted = submitted - 101")
+    assert store.give_up(["m"]) == []
+    [failed] = store.give_up(["other"])
+    assert (failed.id, failed.status, failed.error) == (job.id, "failed", "no colour serves its model any more")
+    again = submit(store)
+    sql(config, "update jobs set submitted = submitted - 101")
+    assert store.give_up(["other"]) == [] and store.waiting("blue") == [again.id]
+
+
+def test_a_consumer_gives_the_other_colour_time_before_it_gives_jobs_up(store, config, tmp_path):
+    job = submit(store)
+    sql(config, "update jobs set submitted = submitted - 86401")
+    settings = Config.from_environment({"MODEL_COLOUR": "blue", "MODEL_JOBS_DIR": str(tmp_path)})
+    models = SimpleNamespace(all=[SimpleNamespace(name="other", version="2")])
+    consumer = _Consumer(models, settings, MagicMock(), Log(colour="blue", release=""))
+    consumer.begin()
+    consumer.turn()
+    assert store.find(job.id).status == "pending"
+    consumer._started -= 121
+    consumer.turn()
+    assert store.find(job.id).status == "failed"
+    consumer.end(60)
 
 
 def test_adopted_jobs_run_in_their_turn_though_others_wait(store, config, tmp_path):
@@ -325,6 +368,15 @@ def test_the_queue_gives_each_colour_its_own_jobs_in_order(config):
     assert blue.is_empty()
 
 
+def test_many_jobs_are_put_in_one_transaction(config):
+    queue = Queue(config, "blue")
+    statements: list[str] = []
+    queue._huey.storage.conn.set_trace_callback(statements.append)
+    queue.put("a", "b", "c")
+    assert [text.split()[0].lower() for text in statements] == ["begin", "insert", "insert", "insert", "commit"]
+    assert [queue.take().args for _ in range(3)] == [["a"], ["b"], ["c"]]
+
+
 def test_the_queue_holds_no_pickle(config):
     Queue(config, "blue").put("0123")
     [(data,)] = sql(config, "select data from task")
@@ -335,12 +387,28 @@ def test_who_starts_while_another_makes_the_file_waits(tmp_path):
     config = dataclasses.replace(CONFIG, directory=tmp_path)
     with open(tmp_path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        thread = threading.Thread(target=jobs.prepare, args=(config, Log()))
+        thread = threading.Thread(target=jobs.create, args=(config,))
         thread.start()
         thread.join(0.3)
         assert thread.is_alive() and not config.file.exists()
     thread.join(60)
     submit(Store(config))
+
+
+def test_an_outage_is_told_when_it_begins_once_a_minute_and_when_it_is_over(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+    with open(tmp_path / "log", "wb") as log:
+        outage = jobs.Outage(Log(log.fileno()))
+        outage.end()
+        for _ in range(25):
+            outage.begin("it can't be used")
+            now[0] += 5
+        outage.end()
+        outage.end()
+        outage.begin("it can't be used")
+    events = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert events == ["jobs_unavailable"] * 3 + ["jobs_available", "jobs_unavailable"]
 
 
 @pytest.mark.parametrize("name", ["LIMIT", "ATTEMPTS", "KEEP_SECONDS", "LONGEST_SECONDS", "MAX_BYTES"])

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from bundle_making import SHIPPED, write_sums
+from bundle_making import ROOT, SHIPPED, write_sums
 from service_process import SECONDS, Service, running, slow
 
 ROW = [0.2, 0.6]
@@ -179,6 +179,39 @@ def test_a_job_survives_the_death_of_everything(short_dir, bundle_dir, tmp_path,
         assert client.result(job_id) == client.service.predict(SLOW_ROW)[2]
 
 
+def test_jobs_of_a_replaced_model_are_run_by_the_colour_that_serves_it(short_dir, bundle_dir, tmp_path):
+    slow(bundle_dir, 3)
+    with serving(short_dir / "green", SHIPPED / "1.0.0", tmp_path) as green:
+        with serving(short_dir / "blue", bundle_dir, tmp_path, MODEL_COLOUR="blue", MODEL_DRAIN_SECONDS=0) as before:
+            ids = [before.submit(SLOW_ROW), before.submit(ROW)]
+            before.wait(ids[0], "in_progress")
+            before.service.process.terminate()
+            assert before.service.process.wait(SECONDS) == 0
+        digits = ROOT / "bundles" / "digits" / "1.0.0"
+        with serving(short_dir / "after", digits, tmp_path, MODEL_COLOUR="blue") as after:
+            for job_id, row in zip(ids, (SLOW_ROW, ROW), strict=True):
+                assert green.wait(job_id, "completed")["ran_by"] == {"colour": "green", "version": "1.0.0"}
+                assert after.result(job_id) == green.service.predict(row)[2]
+            assert "jobs_left" in after.service.log_file.read_text()
+            image = json.loads((digits / "examples.json").read_text())["examples"][0]["request"]["data"]
+            assert after.wait(after.submit(image), "completed")["ran_by"]["colour"] == "blue"
+
+
+def test_a_job_whose_model_nobody_serves_waits_until_somebody_does(short_dir, bundle_dir, tmp_path):
+    slow(bundle_dir, 600)
+    with serving(short_dir / "a", bundle_dir, tmp_path, MODEL_DRAIN_SECONDS=0) as client:
+        job_id = client.submit(SLOW_ROW)
+        client.wait(job_id, "in_progress")
+        client.service.process.terminate()
+        assert client.service.process.wait(SECONDS) == 0
+    with serving(short_dir / "b", ROOT / "bundles" / "digits" / "1.0.0", tmp_path) as client:
+        client.service.wait_for(lambda: "jobs_left" in client.service.log_file.read_text(), "left")
+        job = client.job(job_id)
+        assert (job["status"], job["position"], job["estimated_seconds"]) == ("pending", None, None)
+    with serving(short_dir / "c", SHIPPED / "1.0.0", tmp_path) as client:
+        assert client.wait(job_id, "completed")["attempts"] == 1
+
+
 def test_a_job_that_kills_the_consumer_fails_after_its_attempts(short_dir, bundle_dir, tmp_path):
     source = (bundle_dir / "model.py").read_text()
     deadly = "import os\n        rows[0, 0] == 9 and os.kill(os.getpid(), 9)\n        return self.layers(rows)"
@@ -293,3 +326,4 @@ def test_a_directory_that_cannot_be_used_is_tried_again(short_dir, tmp_path):
         assert "jobs_unavailable" in client.service.log_file.read_text()
         missing.mkdir()
         client.service.wait_for(lambda: client.ask("POST", "/v1/jobs", {"data": ROW})[0] == 202, "available")
+        client.service.wait_for(lambda: "jobs_available" in client.service.log_file.read_text(), "told")
