@@ -21,14 +21,13 @@ import yaml
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "service"))
-from model_server.images import ImageSpec  # noqa: E402
+from model_server.images import IMAGENET as INPUT  # noqa: E402
 from model_server.payload import ClassesSpec  # noqa: E402
 
 VERSION = "1.0.0"
 TOLERANCE = 1e-3
 FILES = ("examples.json", "manifest.yaml", "model.py", "weights.pth")
 CLASSES, TOP = 1000, 5
-INPUT = ImageSpec(width=224, height=224, channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize=256)
 EXAMPLES = 3
 # Examples whose classes are nearer to each other could change their order on another machine.
 LEAST_RATIO = 1.02

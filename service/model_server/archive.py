@@ -11,6 +11,7 @@ from typing import Any
 from model_server import authoring, handlers
 from model_server.bundle import CHECKSUMS, EXAMPLES, MANIFEST, BundleError
 from model_server.core import Models
+from model_server.images import IMAGENET
 
 _ARCHIVE_MANIFEST = "MAR-INF/MANIFEST.json"
 _MOST_ENTRIES = 10_000
@@ -25,15 +26,14 @@ _UNSUPPORTED = (
     "vllm_handler",
     "trt_llm_handler",
 )
-# What TorchServe's image_classifier does with an image.
 _IMAGENET = {
-    "kind": "image",
-    "width": 224,
-    "height": 224,
-    "channels": 3,
-    "resize": 256,
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
+    "kind": IMAGENET.kind,
+    "width": IMAGENET.width,
+    "height": IMAGENET.height,
+    "channels": IMAGENET.channels,
+    "resize": IMAGENET.resize,
+    "mean": list(IMAGENET.mean),
+    "std": list(IMAGENET.std),
 }
 
 

@@ -124,10 +124,11 @@ def write_sums(directory: Path) -> int:
 def _listed_models(directory: Path) -> list[Any]:
     """What the manifest lists as models. Whether that is right is for ``check`` to say."""
     try:
-        listed = yaml.safe_load((directory / MANIFEST).read_bytes())["models"]
-    # No manifest, no such field, or anything that PyYAML raises.
-    except Exception:
+        manifest = yaml.safe_load((directory / MANIFEST).read_bytes())
+    # ValueError: a date that doesn't exist, or bytes that are no text.
+    except (FileNotFoundError, yaml.YAMLError, ValueError, RecursionError):
         return []
+    listed = manifest.get("models") if isinstance(manifest, dict) else None
     return listed if isinstance(listed, list) else []
 
 

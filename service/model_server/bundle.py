@@ -236,7 +236,9 @@ def _inner_path(text: str, where: str) -> str:
 
 def _parse(directory: Path, digest: str, manifest: bytes, examples: tuple[Example, ...]) -> Bundle:
     try:
-        document = yaml.safe_load(manifest)
+        document = yaml.load(manifest, _Loader)
+    except _Problem:
+        raise
     except Exception as error:
         raise _Problem(f"{MANIFEST} is not YAML: {' '.join(str(error).split())}") from None
     top = _Fields(document, "")
@@ -313,13 +315,31 @@ def _part(directory: Path, name: str, verify: bool) -> Bundle:
     return part
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without a field that stands twice, of which only the last one would count."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise _Problem(f"{MANIFEST}: {key.value} is there a second time, in line {line}; remove one of the two")
+            seen.add((key.tag, key.value))
+        return node
+
+
 class _Fields:
-    """One mapping of the manifest, taken apart field by field; ``finish`` complains about what is left."""
+    """One mapping of the manifest, taken apart field by field; ``finish`` complains about what nobody asked for.
+
+    A field without a value counts as one that isn't there.
+    """
 
     def __init__(self, document: Any, where: str) -> None:
         if not isinstance(document, dict):
             raise _Problem(f"{MANIFEST}: {where or 'the document'} must be a mapping")
-        self._left = dict(document)
+        self._values = {key: value for key, value in document.items() if value is not None}
+        self._unknown = dict.fromkeys(document)
         self._where = where
 
     def _path(self, key: Any) -> str:
@@ -329,7 +349,8 @@ class _Fields:
         return _Problem(f"{MANIFEST}: {self._path(key)} is {value!r}; it must be {wanted}")
 
     def take(self, key: str, default: Any = None) -> Any:
-        value = self._left.pop(key, default)
+        self._unknown.pop(key, None)
+        value = self._values.get(key, default)
         if value is None:
             raise _Problem(f"{MANIFEST}: {self._path(key)} is missing")
         return value
@@ -343,10 +364,9 @@ class _Fields:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether the field is there and not empty."""
-        if self._left.get(key) is None:
-            self._left.pop(key, None)
-        return key in self._left
+        """Whether the field is there."""
+        self._unknown.pop(key, None)
+        return key in self._values
 
     def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
         value = self.take(key, default)
@@ -385,7 +405,7 @@ class _Fields:
         return name
 
     def finish(self) -> None:
-        for key in self._left:
+        for key in self._unknown:
             raise _Problem(f"{MANIFEST}: {self._path(key)} is not a known field")
 
 

@@ -49,7 +49,7 @@ class HandlerModule(torch.nn.Module):
         return [{"body": _body(row)} for row in rows]
 
     def forward(self, data: list[dict[str, Any]]) -> Any:
-        """All of the handler's work. Raises BadRequest where the handler says that a row is the client's fault."""
+        """All of the handler's work. Raises BadRequest where it, or its base class, finds the client at fault."""
         try:
             return self._handle(data, self._context.batch(len(data)))
         except Exception as error:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 # Told apart by their first bytes. Every other format has a parser that nobody needs to be able to reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-DEFAULT_MAX_PIXELS = 50_000_000
+# Decoding takes up to 17 bytes for each (WebP; 10 and less for other formats), in each worker: with two of them the
+# rest of a container of 1 GiB is enough for a model.
+DEFAULT_MAX_PIXELS = 25_000_000
 # Of one image, and of all images of a request. Pillow itself refuses or complains above this.
 MOST_PIXELS = 80_000_000
 
@@ -100,15 +102,27 @@ class ImageSpec:
         # A small body can hold many large images, and each takes its time.
         if sum(map(self._work, images.values())) > MOST_PIXELS:
             raise BadRequest(f"the images have more than {MOST_PIXELS} pixels together; send fewer at a time")
-        tensors = {data: self._tensor(image, names[data]) for data, image in images.items()}
+        # Each is let go of before the next is decoded.
+        tensors = {data: self._prepared(images.pop(data), name) for data, name in names.items()}
         return [tensors[data].clone() for data in rows]
+
+    def tensor(self, image: Image.Image) -> "torch.Tensor":
+        """Float32 of shape [channels, height, width] of an image that is the right way up.
+
+        Its mode is RGBA or the one that the model takes. Raises BadRequest.
+        """
+        self._check_proportions(image, "the image")
+        return self._normalised(image)
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of one row."""
         return {"type": "string", "contentEncoding": "base64", "description": _ACCEPTED[0].upper() + _ACCEPTED[1:]}
 
-    def _tensor(self, image: Image.Image, where: str) -> "torch.Tensor":
-        image = _on_white(self._fitted(self._decoded(image, where)), _MODES[self.channels])
+    def _prepared(self, image: Image.Image, where: str) -> "torch.Tensor":
+        return self._normalised(_decoded(image, where, _MODES[self.channels]))
+
+    def _normalised(self, image: Image.Image) -> "torch.Tensor":
+        image = _on_white(self._fitted(image), _MODES[self.channels])
         # Not at the top: processes that decode nothing do without PyTorch.
         import torch
 
@@ -119,28 +133,13 @@ class ImageSpec:
 
     def _opened(self, data: bytes, where: str) -> Image.Image:
         """An image of an accepted size, of which nothing is decoded yet."""
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            too_large = image.width * image.height > self.max_pixels
-            too_long = self._work(image) > self.max_pixels
-        except Image.DecompressionBombError:
-            too_large = True
-        # Pillow raises nearly anything for bytes that aren't what they begin like.
-        except Exception:
-            raise BadRequest(f"{where} isn't {_ACCEPTED}") from None
-        if too_large:
-            raise BadRequest(f"{where} has more than {self.max_pixels} pixels")
-        if too_long:
-            raise BadRequest(f"{where} is too long and narrow")
+        image = _opened(data, where, self.max_pixels)
+        self._check_proportions(image, where)
         return image
 
-    def _decoded(self, image: Image.Image, where: str) -> Image.Image:
-        """The whole image the right way up: in the mode that the model takes, or in RGBA where it is transparent."""
-        try:
-            image.load()
-            return _converted(_upright(image), _MODES[self.channels])
-        except Exception:
-            raise BadRequest(f"{where} is damaged or incomplete") from None
+    def _check_proportions(self, image: Image.Image, where: str) -> None:
+        if self._work(image) > self.max_pixels:
+            raise BadRequest(f"{where} is too long and narrow")
 
     def _work(self, image: Image.Image) -> float:
         """How many pixels the image has, or gets on its way to the right size where those are more.
@@ -158,6 +157,53 @@ class ImageSpec:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = round((width - self.width) / 2), round((height - self.height) / 2)
         return image.crop((left, top, left + self.width, top + self.height))
+
+
+# What networks trained on ImageNet mostly expect, and what TorchServe's image_classifier does with an image.
+IMAGENET = ImageSpec(
+    width=224, height=224, channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize=256
+)
+
+
+def read_rgb(data: bytes) -> Image.Image:
+    """An encoded image in RGB, decoded, the right way up, on white where it is transparent. Raises BadRequest."""
+    image = _opened(data, "the image", DEFAULT_MAX_PIXELS)
+    return _on_white(_decoded(image, "the image", "RGB"), "RGB")
+
+
+def _opened(data: bytes, where: str, max_pixels: int) -> Image.Image:
+    """An image of which nothing is decoded yet."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise BadRequest(f"{where} has more than {max_pixels} pixels") from None
+    except MemoryError:
+        raise
+    # Pillow raises nearly anything for bytes that aren't what they begin like.
+    except Exception:
+        raise BadRequest(f"{where} isn't {_ACCEPTED}") from None
+    if image.width * image.height > max_pixels:
+        raise BadRequest(f"{where} has more than {max_pixels} pixels")
+    return image
+
+
+def _decoded(image: Image.Image, where: str, mode: str) -> Image.Image:
+    """The whole image the right way up: in ``mode``, or in RGBA where it is transparent."""
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    # As above. What follows works on pixels that are there, so that its failures are our own.
+    except Exception:
+        raise BadRequest(f"{where} is damaged or incomplete") from None
+    return _converted(_upright(image), mode)
+
+
+def _instead(image: Image.Image, made: Image.Image) -> Image.Image:
+    """``made`` of ``image``, whose memory is given back at once: each copy is as large as a whole picture."""
+    if made is not image:
+        image.close()
+    return made
 
 
 def _from_base64(text: Any, where: str) -> bytes:
@@ -179,15 +225,17 @@ def _upright(image: Image.Image) -> Image.Image:
     with suppress(Exception):
         orientation = image.getexif().get(_ORIENTATION)
     turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    return image if turn is None else _instead(image, image.transpose(turn))
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         # 16 bits of grey, which Pillow would cut off at 255 instead of scaling them.
-        return image.convert("I").point(lambda value: value / 256).convert("L").convert(mode)
-    # Kept until the image is small: each step costs as much memory as the image.
-    return image.convert("RGBA" if image.has_transparency_data else mode)
+        image = _instead(image, image.point(lambda value: value / 256))
+        image = _instead(image, image.convert("L"))
+    # Transparency is kept until the image is small: each step costs as much memory as the image.
+    wanted = "RGBA" if image.has_transparency_data else mode
+    return image if image.mode == wanted else _instead(image, image.convert(wanted))
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:

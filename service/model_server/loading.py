@@ -54,7 +54,7 @@ def load_draft(bundle: Bundle) -> Model:
 
 
 def probe(models: Models) -> None:
-    """Predict each model's first example; whether this process can predict at all. Raises ModelFailed."""
+    """Predict each model's first example; whether this process can predict at all. Raises ModelFailed, NotFinite."""
     if torch.get_num_threads() != 1:
         raise ModelFailed("PyTorch is set to more than one thread, which hangs in a forked process")
     for model in models.all:
@@ -156,7 +156,7 @@ def _warm_up(model: Model, requests: list[payload.Rows]) -> None:
             model.predict([prepared])
             # The last one counts: the ones before still allocate and choose kernels.
             model.batch_seconds = time.perf_counter() - started
-    except (ModelFailed, payload.BadRequest) as error:
+    except (ModelFailed, payload.BadRequest, payload.NotFinite) as error:
         raise BundleError(f"{model.bundle.label}: warming up with {rows} rows: {modules.summary(error)}") from error
 
 

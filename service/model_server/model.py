@@ -7,7 +7,7 @@ import torch
 
 from model_server.bundle import Bundle
 from model_server.errors import ModelFailed
-from model_server.payload import BadRequest
+from model_server.payload import BadRequest, NotFinite
 
 
 class Model:
@@ -37,8 +37,8 @@ class Model:
 
         ``parts`` are what ``prepare`` returned: lists with a value for each row, or tensors of shape [rows, …], but not
         both together. A request's outputs are a list with a JSON value for each row, or, where ``wants_tensor`` and
-        the model has no ``postprocess`` of its own, a tensor of shape [rows, …]. Raises ModelFailed, and BadRequest
-        where a TorchServe handler refuses a row.
+        the model has no ``postprocess`` of its own, a tensor of shape [rows, …]. Raises ModelFailed, NotFinite where a
+        classifier's scores aren't, and BadRequest where a TorchServe handler refuses a row.
         """
         counts = [len(part) for part in parts]
         try:
@@ -52,7 +52,7 @@ class Model:
                 values = values.tolist()
             if not isinstance(values, list) or len(values) != sum(counts):
                 raise TypeError(f"postprocess must return a list with one value for each of {sum(counts)} rows")
-        except BadRequest:
+        except (BadRequest, NotFinite):
             raise
         except (Exception, SystemExit) as error:
             raise ModelFailed(f"the model failed: {type(error).__name__}: {error}") from error
@@ -74,7 +74,10 @@ class Model:
         first = parts[0]
         if isinstance(first, torch.Tensor):
             batch = first if len(parts) == 1 else torch.cat(list(parts))
-            return batch.to(self.device) if self._preprocess is None else self._preprocessed(batch.tolist())
+            if self._preprocess is None:
+                return batch.to(self.device)
+            # Images are tensors however they came; numbers are lists.
+            return self._preprocessed(list(batch) if self.bundle.input.kind == "image" else batch.tolist())
         rows = first if len(parts) == 1 else [row for part in parts for row in part]
         if self._preprocess is not None:
             return self._preprocessed(rows)

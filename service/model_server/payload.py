@@ -18,6 +18,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 DTYPES = tuple(_RANGES)
 
+_NOT_FINITE = "the model has no finite answer for these numbers"
+
 _KINDS: dict[type, str] = {
     bool: "a boolean",
     int: "a number",
@@ -84,7 +86,7 @@ class OutputSpec(Protocol):
         """Whether a tensor is of shape [rows, *shape] and of the promised type. Raises TypeError."""
 
     def values(self, output: Any) -> list[Any]:
-        """A JSON value for each row of a tensor. Raises TypeError."""
+        """A JSON value for each row of a tensor. Raises TypeError, NotFinite."""
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of one row's value."""
@@ -126,11 +128,11 @@ class TensorSpec:
 
     def check(self, output: Any) -> None:
         """Raises TypeError where ``output`` isn't a tensor of shape [rows, *shape] and of the promised type."""
+        promised = f"the manifest promises {self.describe()} for each row, the model returned"
+        if not hasattr(output, "shape"):
+            raise TypeError(f"{promised} {type(output).__name__} and no tensor")
         if tuple(output.shape[1:]) != self.shape or str(output.dtype) != f"torch.{self.dtype}":
-            raise TypeError(
-                f"the manifest promises {self.describe()} for each row, "
-                f"the model returned {output.dtype} of shape {list(output.shape)}"
-            )
+            raise TypeError(f"{promised} {output.dtype} of shape {list(output.shape)}")
 
     def values(self, output: Any) -> list[Any]:
         """The numbers of each row. Raises TypeError."""
@@ -177,20 +179,27 @@ class ClassesSpec:
         TensorSpec(self.shape, self.dtype).check(output)
 
     def values(self, output: Any) -> list[Any]:
-        """Each row's class and its probability, and the most probable classes. Raises TypeError, ValueError."""
-        self.check(output)
-        best = (output.softmax(-1) if self.activation == "softmax" else output).topk(self.top)
+        """Each row's class and its probability, and the most probable classes. Raises TypeError, NotFinite."""
         values = []
-        for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            # Here and not when the answer is written: what isn't finite would spoil the metrics for good.
-            if not all(map(math.isfinite, probabilities)):
-                raise ValueError("the model returned numbers that aren't finite")
-            top = [
-                {"class": self.labels[index], "probability": probability}
-                for probability, index in zip(probabilities, indices, strict=True)
-            ]
+        for best in self.likeliest(output, self.top):
+            top = [{"class": self.labels[index], "probability": probability} for probability, index in best]
             values.append({**top[0], "top": top})
         return values
+
+    def likeliest(self, output: Any, count: int) -> list[list[tuple[float, int]]]:
+        """Of each row the probability and the number of its likeliest classes, best first: ``count``, or all there are.
+
+        Raises TypeError, NotFinite.
+        """
+        self.check(output)
+        best = (output.softmax(-1) if self.activation == "softmax" else output).topk(min(count, len(self.labels)))
+        # Here and not when the answer is written: what isn't finite would spoil the metrics for good.
+        if not best.values.isfinite().all():
+            raise NotFinite(_NOT_FINITE)
+        return [
+            list(zip(probabilities, indices, strict=True))
+            for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of one row's value."""
@@ -255,7 +264,7 @@ def to_json(answer: Any) -> bytes:
         return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ValueError) and _has_infinite(answer):
-            raise NotFinite("the model has no finite answer for these numbers") from None
+            raise NotFinite(_NOT_FINITE) from None
         raise UnusableOutput(f"the output can't be written as JSON: {error}") from error
 
 

@@ -28,7 +28,7 @@ from rollout.errors import (
 from rollout.frontdoor import FrontDoor, Verification
 from rollout.interrupts import Interrupts
 from rollout.lock import exclusive
-from rollout.releases import IMAGE, Release, Releases
+from rollout.releases import IMAGE, Release, Releases, settings_digest
 from rollout.report import Result, history_lines, progress, status_table
 from rollout.routing import Routing, RoutingBroken, State
 from rollout.text import now
@@ -220,13 +220,13 @@ class Engine:
         state = self.routing.read()
         live = state is not None and state.live == name
         placed = self._placed(name)
-        settings = self.releases.settings_digest()
-        wanted = (bundle.digest, image_id, settings)
+        settings = self.releases.settings()
+        wanted = (bundle.digest, image_id, settings_digest(settings))
         same = placed is not None and (placed.bundle_digest, placed.image_id, placed.settings_digest) == wanted
         details: dict[str, Any] = {"colour": name, "release": placed.number if placed else None, "pending": False}
         title = f"{bundle.name} {bundle.version}"
         if live:
-            if placed is not None and placed.settings_digest != settings:
+            if placed is not None and placed.settings_digest != settings_digest(settings):
                 title += f" with the changed settings in {self.releases.settings_path}"
             return self._deploy_on_live(name, placed, same, title, details)
         if same and placed and self._is_well(colour, placed, examples):
@@ -247,7 +247,7 @@ class Engine:
                 bundle_digest=bundle.digest,
                 image=image,
                 image_id=image_id,
-                settings_digest=settings,
+                settings_digest=settings_digest(settings),
                 who=self.who,
                 when=now(),
                 reason=self.reason,
@@ -256,7 +256,7 @@ class Engine:
         details["release"] = release.number
         progress(f"placing {_title(release)} on {name}")
         try:
-            self.releases.place(name, release)
+            self.releases.place(name, release, settings)
             health = colour.restart_and_wait(release, self.config.ready_timeout_seconds, progress)
             colour.run_examples(examples, health)
             if not host.unit_enabled(colour.unit):

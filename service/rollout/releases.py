@@ -32,7 +32,7 @@ class Release:
     reason: str | None = None
     number: int = 0
     settings_digest: str | None = None
-    """`sha256:` and the SHA-256 of model.env; None where there was none, or the record is older than this field."""
+    """`sha256:` and the SHA-256 of its settings; None where there were none, or the record is older than this field."""
 
 
 class Releases:
@@ -81,13 +81,13 @@ class Releases:
 
     @property
     def settings_path(self) -> Path:
-        """The settings that both colours share; a container reads them when it starts."""
+        """The settings for the next release of either colour."""
         return self.config_dir / "model.env"
 
-    def settings_digest(self) -> str | None:
-        """`sha256:` and the SHA-256 of the settings as they are, or None where there are none. Raises OSError."""
+    def settings(self) -> bytes | None:
+        """The settings as they are, or None where there are none. Raises OSError."""
         try:
-            return "sha256:" + hashlib.sha256(self.settings_path.read_bytes()).hexdigest()
+            return self.settings_path.read_bytes()
         except FileNotFoundError:
             return None
 
@@ -113,11 +113,12 @@ class Releases:
                 return int(value)
         raise Failed(f"{self.env_path(colour)} names no MODEL_RELEASE: deploy to {colour} again")
 
-    def place(self, colour: str, release: Release) -> None:
+    def place(self, colour: str, release: Release, settings: bytes | None) -> None:
         """Write the colour's env file in one step. Raises OSError; then the file is as it was."""
         # The id, not the name: a tag can move to another image before the unit's next start.
         content = f"MODEL_IMAGE={release.image_id}\nMODEL_BUNDLE={release.bundle}\nMODEL_RELEASE={release.number}\n"
-        files.replace(self.env_path(colour), content.encode())
+        # A copy of the settings: what changes in them later mustn't reach a colour that it wasn't tried on.
+        files.replace(self.env_path(colour), content.encode() + (settings or b""))
 
     def put_back(self, colour: str, content: bytes | None) -> None:
         """Restore an env file that `env` returned. Raises OSError."""
@@ -125,3 +126,8 @@ class Releases:
             files.remove(self.env_path(colour))
         else:
             files.replace(self.env_path(colour), content)
+
+
+def settings_digest(settings: bytes | None) -> str | None:
+    """`sha256:` and the SHA-256 of settings, or None where there are none."""
+    return None if settings is None else "sha256:" + hashlib.sha256(settings).hexdigest()

@@ -44,6 +44,15 @@ def test_images_in_every_form(edge, encode):
         assert len(answer.json["output"]["top"]) == 3
 
 
+def test_torchserve_clients_get_labels_with_probabilities(edge):
+    for image, digit in IMAGES:
+        answer = edge.request("PUT", "/test/predictions/digits", image)
+        assert answer.status == 200, answer.text
+        chances = list(answer.json.values())
+        assert next(iter(answer.json)) == digit and len(chances) == 3
+        assert chances == sorted(chances, reverse=True)
+
+
 def test_what_is_no_image_is_refused(edge):
     image = IMAGES[0][0]
     for body in (image[:40], b"GIF89a" + image, b"\x89PNG\r\n\x1a\n"):

@@ -3,13 +3,12 @@
 They take and answer the same bodies as ``POST /predict``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import flask
 
-from model_server import payload
-from model_server.core import Call, Models, Reply, Request, Route
+from model_server.core import Models, Route
 from model_server.protocols import native
 from model_server.protocols.operations import (
     Operation,
@@ -30,13 +29,7 @@ if TYPE_CHECKING:
 
 def routes(models: Models) -> list[Route]:
     """The routes that predict."""
-
-    def predict(request: Request, path: Mapping[str, str]) -> Call:
-        model = models.find(path["name"]) if path else models.default
-        rows = native.rows_of(request, model)
-        return Call(model, rows.values, lambda outputs: Reply(payload.render(outputs, rows.single)))
-
-    return [Route(rule, predict) for rule in ("/", "/v1beta1/predict", "/v1/predict", "/v1/model/<name>/predict")]
+    return native.predicting(models, ["/", "/v1beta1/predict", "/v1/predict", "/v1/model/<name>/predict"])
 
 
 def blueprint(models: Models, is_ready: Callable[[], bool]) -> flask.Blueprint:

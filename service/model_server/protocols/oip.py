@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import flask
 import orjson
 
-from model_server.core import Call, Models, Reply, Request, Route
+from model_server.core import LONGEST_TIMEOUT_SECONDS, Call, Models, Reply, Request, Route
 from model_server.payload import BadRequest, to_json
 from model_server.protocols import tensors
 from model_server.protocols.operations import Operation, file_content, json_content, record
@@ -24,7 +24,6 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 
 _NAME = "model_server"
 _EXTENSIONS = ["binary_tensor_data", "classification", "model_repository(index)"]
-_LONGEST_SECONDS = 3600
 _TAG = "Open Inference Protocol"
 
 
@@ -149,8 +148,6 @@ def _wish(header: dict[str, Any], model: "Model") -> _Wish:
     for output in outputs:
         if type(output) is not dict or output.get("name") != "output":
             raise BadRequest('the only output is the one with the name "output"')
-        if "shared_memory_region" in _parameters(output, "an output"):
-            raise BadRequest("shared memory isn't offered; take the tensor from the answer's body")
         own = _parameter(output, "an output", "binary_data", bool)
         classes = _parameter(output, "an output", "classification", int)
         if classes is not None and (classes < 1 or model.bundle.output.kind != "classes" or not _has_tensor(model)):
@@ -164,20 +161,13 @@ def _seconds(header: dict[str, Any]) -> float | None:
     timeout = _parameter(header, "the request", "timeout", int)
     if timeout is None or timeout == 0:
         return None
-    if not 0 < timeout <= _LONGEST_SECONDS * 1_000_000:
-        raise BadRequest(f"timeout must be a number of microseconds up to {_LONGEST_SECONDS * 1_000_000}")
+    if not 0 < timeout <= LONGEST_TIMEOUT_SECONDS * 1_000_000:
+        raise BadRequest(f"timeout must be a number of microseconds up to {LONGEST_TIMEOUT_SECONDS * 1_000_000}")
     return timeout / 1_000_000
 
 
-def _parameters(holder: dict[str, Any], whose: str) -> dict[str, Any]:
-    parameters = holder.get("parameters", {})
-    if type(parameters) is not dict:
-        raise BadRequest(f"the parameters of {whose} must be an object")
-    return parameters
-
-
 def _parameter(holder: dict[str, Any], whose: str, name: str, kind: type) -> Any:
-    parameters = _parameters(holder, whose)
+    parameters = tensors.parameters(holder, whose)
     value = parameters.get(name)
     if name in parameters and type(value) is not kind:
         raise BadRequest(f"the parameter {name} must be {'true or false' if kind is bool else 'a whole number'}")
@@ -202,13 +192,9 @@ def _render(model: "Model", request_id: str | None, wish: _Wish, values: Any) ->
 def _likeliest(model: "Model", scores: Any, classes: int) -> tensors.Output:
     """Of each row the ``classes`` likeliest classes, each as the string ``probability:index:label``."""
     spec = model.bundle.output
-    best = (scores.softmax(-1) if spec.activation == "softmax" else scores).topk(min(classes, len(spec.labels)))
-    strings = [
-        f"{probability:f}:{index}:{spec.labels[index]}".encode()
-        for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        for probability, index in zip(probabilities, indices, strict=True)
-    ]
-    return tensors.Output("BYTES", list(best.indices.shape), strings)
+    rows = spec.likeliest(scores, classes)
+    strings = [f"{probability:f}:{index}:{spec.labels[index]}".encode() for row in rows for probability, index in row]
+    return tensors.Output("BYTES", [len(rows), len(rows[0])], strings)
 
 
 def operations(models: Models) -> list[Operation]:

@@ -26,6 +26,16 @@ def input_datatype(spec: InputSpec) -> str:
     return "BYTES" if takes_bytes(spec) else DATATYPES[spec.dtype]
 
 
+def parameters(holder: dict[str, Any], whose: str) -> dict[str, Any]:
+    """The parameters of a request or of one of its tensors. Raises BadRequest."""
+    found = holder.get("parameters", {})
+    if type(found) is not dict:
+        raise BadRequest(f"the parameters of {whose} must be an object")
+    if "shared_memory_region" in found:
+        raise BadRequest("shared memory isn't offered; tensors travel in the bodies")
+    return found
+
+
 def read_input(tensor: dict[str, Any], rest: bytes | memoryview, spec: InputSpec, max_rows: int) -> Any:
     """The rows that an input tensor holds: a list, or a tensor of shape [rows, …].
 
@@ -64,13 +74,9 @@ def _is_size(number: Any) -> bool:
 
 
 def _binary_size(tensor: dict[str, Any]) -> int | None:
-    parameters = tensor.get("parameters", {})
-    if type(parameters) is not dict:
-        raise BadRequest("the parameters of an input must be an object")
-    if "shared_memory_region" in parameters:
-        raise BadRequest("shared memory isn't offered; send the tensor in the body")
-    size = parameters.get("binary_data_size")
-    if "binary_data_size" in parameters and not _is_size(size):
+    found = parameters(tensor, "an input")
+    size = found.get("binary_data_size")
+    if "binary_data_size" in found and not _is_size(size):
         raise BadRequest("binary_data_size must be a whole number from 0")
     return size
 

@@ -1,22 +1,19 @@
 """TorchServe's inference routes.
 
-A body is the row itself, an answer the model's output itself. Where TorchServe leaves what a body means to a model's
-handler, the manifest's input decides here.
+A body is the row itself, an answer the model's output itself, in the form that TorchServe's own handlers give it. Where
+TorchServe leaves what a body means to a model's handler, the manifest's input decides here.
 """
 
-import io
 import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flask
 import orjson
-from werkzeug.exceptions import RequestEntityTooLarge
-from werkzeug.formparser import FormDataParser
-from werkzeug.http import parse_options_header
 
 from model_server import payload
 from model_server.core import Call, Models, Refusal, Reply, Request, Route
+from model_server.protocols import forms
 from model_server.protocols.operations import (
     Operation,
     example_of,
@@ -26,7 +23,6 @@ from model_server.protocols.operations import (
     one_or_list,
     record,
     row_schema,
-    value_schema,
 )
 from model_server.state import SharedState
 from model_server.web import json_response
@@ -34,10 +30,8 @@ from model_server.web import json_response
 if TYPE_CHECKING:
     from model_server.model import Model
 
-_FORM = "multipart/form-data"
 _FIELDS = ("data", "body")
 _METHODS = ("POST", "PUT")
-_MOST_PARTS = 16
 _TAG = "TorchServe"
 # The names that TorchServe has for what went wrong.
 _TYPES = {
@@ -62,7 +56,7 @@ def routes(models: Models) -> list[Route]:
         return Call(
             model,
             rows.values,
-            lambda outputs: Reply(payload.to_json(outputs[0] if rows.single else outputs)),
+            lambda outputs: Reply(payload.to_json(_answer(model, outputs, rows.single))),
         )
 
     # TorchServe doesn't mind the method, and `curl -T FILE`, which its own documents show, makes it PUT.
@@ -118,10 +112,34 @@ def _describe(model: "Model", state: SharedState) -> dict[str, Any]:
     }
 
 
+def _answer(model: "Model", outputs: list[Any], single: bool) -> Any:
+    """Outputs in the form that TorchServe's own handlers give them; those of other code are left as they are."""
+    spec = model.bundle.output
+    if not hasattr(model.module, "postprocess"):
+        if spec.kind == "classes":
+            outputs = [{one["class"]: one["probability"] for one in output["top"]} for output in outputs]
+        # Elsewhere such a row is answered with the number itself.
+        elif spec.kind == "tensor" and spec.shape == (1,):
+            outputs = [[output] for output in outputs]
+    return outputs[0] if single else outputs
+
+
+def _value_schema(model: "Model") -> dict[str, Any]:
+    """The schema of what one row is answered with."""
+    spec = model.bundle.output
+    if hasattr(model.module, "postprocess"):
+        return {}
+    if spec.kind == "classes":
+        chances = {"type": "object", "additionalProperties": {"type": "number"}}
+        return {**chances, "minProperties": spec.top, "maxProperties": spec.top}
+    return spec.schema()
+
+
 def _rows(request: Request, model: "Model") -> payload.Rows:
     """The rows that a body is, or that a field of a form has. Raises BadRequest."""
-    content_type, options = parse_options_header(request.header("Content-Type"))
-    bodies = _field(request.body, options) if content_type == _FORM else [request.body]
+    content_type, options = forms.content_type(request)
+    is_form = content_type == forms.FORM
+    bodies = _field(forms.read(request.body, options, model.bundle.max_rows)) if is_form else [request.body]
     body, kind = bodies[0], model.bundle.input.kind
     if not all(bodies):
         raise payload.BadRequest("the body is empty")
@@ -143,23 +161,12 @@ def _rows(request: Request, model: "Model") -> payload.Rows:
     return model.bundle.input.rows(data, model.bundle.max_rows)
 
 
-def _field(body: bytes, options: dict[str, str]) -> list[bytes]:
+def _field(form: forms.Form) -> list[bytes]:
     """What the field ``data`` or ``body`` of a form has, be it a file or not, each time it comes. Raises BadRequest."""
-    # Files stay in memory: the whole body is there already.
-    parser = FormDataParser(
-        lambda **_: io.BytesIO(), max_form_memory_size=len(body), max_form_parts=_MOST_PARTS, silent=False
-    )
-    try:
-        _, texts, files = parser.parse(io.BytesIO(body), _FORM, len(body), options)
-    except RequestEntityTooLarge:
-        raise payload.BadRequest(f"the form has more than {_MOST_PARTS} parts") from None
-    except ValueError:
-        raise payload.BadRequest("the body isn't a form as its Content-Type describes it") from None
     for name in _FIELDS:
-        if name in files:
-            return [file.read() for file in files.getlist(name)]
-        if name in texts:
-            return [text.encode() for text in texts.getlist(name)]
+        for parts in (form.files, form.texts):
+            if found := [value for field, value in parts if field == name]:
+                return found
     raise payload.BadRequest('the form has no field "data" or "body"')
 
 
@@ -184,11 +191,13 @@ def operations(models: Models) -> list[Operation]:
 
 def _prediction(method: str, path: str, model: "Model") -> Operation:
     rows, output = example_of(model)
+    single = model.bundle.input.rows(rows, model.bundle.max_rows).single
+    output = _answer(model, [output] if single else output, single)
     if model.bundle.input.kind == "tensor":
         body = json_content(one_or_list(row_schema(model), model), rows)
     else:
         body = file_content()
-    answer = json_content(one_or_list(value_schema(model), model), output)
+    answer = json_content(one_or_list(_value_schema(model), model), output)
     summary = f"Predict with {model.name}; the body is the row itself"
     return Operation(
         method, path, _TAG, summary, answer, body | form_content("data"), predicts=True, error="TorchServeError"

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from bundle_making import SHIPPED
-from model_server import archive, authoring, bundle_tool, loading
+from model_server import archive, authoring, bundle_tool, handlers, loading
 from model_server.bundle import BundleError, read
 from model_server.errors import ModelFailed
+from model_server.handlers import HandlerModule
+from model_server.images import IMAGENET
 from model_server.payload import BadRequest
 from PIL import Image
 from safetensors.torch import save_file
@@ -254,6 +257,62 @@ class Top(ImageClassifier):
     mar = archived("top.py", "--model-file", "net.py", "--extra-files", "index_to_name.json", files=files)
     found = answer(imported(mar, "--example", str(tmp_path / "red.png")), red_image())
     assert list(found) == ["red", "2"] and found["red"] > 0.9
+
+
+def handler_of(code: str) -> HandlerModule:
+    handlers.offer_torchserve()
+    from ts.torch_handler import image_classifier, vision_handler
+
+    namespace: dict = {"torch": torch, **vars(image_classifier), **vars(vision_handler)}
+    exec(code, namespace)
+    handler = namespace["Handler"]()
+    return HandlerModule(lambda data, _: handler.preprocess(data), SimpleNamespace(batch=lambda rows: None))
+
+
+def picture(*size: int, kind: str = "PNG", drawn: bool = True) -> bytes:
+    stream = io.BytesIO()
+    (Image.effect_noise(size, 90).convert("RGB") if drawn else Image.new("1", size)).save(stream, kind)
+    return stream.getvalue()
+
+
+def test_handler_of_images_prepares_them_as_the_service_does():
+    module = handler_of("class Handler(ImageClassifier):\n    pass")
+    # Multiplied by 256 / 483 in floating point, a side of 483 pixels would become one of 255.
+    for data in (picture(483, 700), picture(700, 483), picture(300, 300, kind="JPEG")):
+        for row in (data, bytearray(data), base64.b64encode(data).decode()):
+            [tensor] = module([{"data": row}])
+            assert torch.equal(tensor, IMAGENET.prepare([data])[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (b"no image", "isn't an image"),
+        ("abcde", "a row must be an image"),
+        ({"data": []}, "a row must be an image"),
+        ([[1, 2], [3]], "a row must be an image"),
+        (b"II*\0" + bytes(99), "isn't an image"),
+        (picture(60, 40)[:-300], "damaged or incomplete"),
+        (picture(1, 100_000), "too long and narrow"),
+        (picture(5000, 5001, drawn=False), "more than 25000000 pixels"),
+    ],
+    ids=["text", "base64", "object", "numbers", "tiff", "truncated", "line", "large"],
+)
+def test_handler_of_images_refuses_what_the_service_does(row, words):
+    module = handler_of("class Handler(ImageClassifier):\n    pass")
+    with pytest.raises(BadRequest, match=words):
+        module([{"body": row}])
+
+
+def test_model_file_of_a_handler_is_a_module_like_any_other(archived):
+    # Both together look the module up in sys.modules.
+    settings = "@dataclasses.dataclass\nclass Settings:\n    hidden: int = 4\n"
+    imports = f"from __future__ import annotations\nimport dataclasses\nimport torch\n\n{settings}"
+    code = MODEL.replace("import torch\n", imports, 1)
+    files = {"net.py": code, "my_handler.py": HANDLER}
+    mar = archived("my_handler.py", "--model-file", "net.py", "--serialized-file", str(WEIGHTS), files=files)
+    directory = imported(mar, "--example", ROW.decode())
+    assert answer(directory, ROW) == {"probability": pytest.approx(0.6318, abs=1e-4)}
 
 
 def test_handler_with_several_classes(archived, capsys):

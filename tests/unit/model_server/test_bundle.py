@@ -110,10 +110,23 @@ def test_file_listed_twice(bundle_dir):
         ("version: 1.0.0", "version: 2026-13-45", ["not YAML", "month"]),
         ("arguments: {hidden: 4}", "arguments: " + "[" * 5000, ["not YAML"]),
         ("name: simplemodel", "name: [", ["not YAML"]),
+        ("version: 1.0.0", "version:", ["version is missing"]),
+        ("description:", "colour:\ndescription:", ["colour is not a known field"]),
+        ("accuracy: 0.", "recall:, accuracy: 0.", ["metrics.recall is missing"]),
+        ("version: 1.0.0", "version: 1.0.0\nversion: 1.0.1", ["version is there a second time, in line 3"]),
+        ("arguments: {hidden: 4}", "arguments: {hidden: 4, hidden: 5}", ["hidden is there a second time"]),
     ],
 )
 def test_manifest_fields(edit, old, new, words):
     rejected(edit("manifest.yaml", old, new), "manifest.yaml", *words)
+
+
+def test_optional_fields_without_a_value_are_as_good_as_absent(edit, bundle_dir):
+    lines = (bundle_dir / "manifest.yaml").read_text().splitlines()
+    [metrics] = [line for line in lines if line.startswith("metrics:")]
+    empty = "metrics:\nspeed:\ndevice:\nhandler:\nmodels:\nweights_format:"
+    bundle = read(edit("manifest.yaml", metrics, empty))
+    assert (bundle.metrics, bundle.speed.options, bundle.device, bundle.weights_format) == ({}, (), "cpu", "state_dict")
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"examples": []}', '{"examples": [{"request": 1}]}', "x", "[" * 100_000])

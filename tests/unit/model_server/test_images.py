@@ -13,10 +13,12 @@ import torch
 from bundle_making import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from model_server import bundle
+from model_server import bundle, images
 from model_server.core import Request
 from model_server.images import ImageSpec
-from model_server.payload import BadRequest, ClassesSpec
+from model_server.model import Model
+from model_server.payload import BadRequest, ClassesSpec, NotFinite
+from model_server.protocols import native, torchserve
 from model_server.protocols.native import rows_of
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
@@ -214,7 +216,7 @@ def _claiming(kind: str, width: int, height: int) -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP"])
 @pytest.mark.parametrize("side", [7100, 50000])
 def test_decompression_bomb(kind, side):
-    assert refusal(_claiming(kind, side, side)) == "the image has more than 50000000 pixels"
+    assert refusal(_claiming(kind, side, side)) == "the image has more than 25000000 pixels"
 
 
 def test_limit_of_pixels():
@@ -224,13 +226,61 @@ def test_limit_of_pixels():
 
 
 def test_a_request_of_many_large_images_is_refused_before_anything_is_decoded():
-    large = [_claiming("PNG", 7000, 7000 - number) for number in range(2)]
+    large = [_claiming("PNG", 4400, 4400 - number) for number in range(5)]
     with pytest.raises(BadRequest, match=r"^the images have more than 80000000 pixels together"):
         COLOUR.prepare(large)
     # Small files that would grow on their way count as what they become.
     spec = ImageSpec(224, 224, 1, (0.5,), (0.5,), resize=256)
     with pytest.raises(BadRequest, match="together"):
-        spec.prepare([encoded(Image.new("L", (1, 700), value)) for value in range(2)])
+        spec.prepare([encoded(Image.new("L", (1, 300), value)) for value in range(5)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "orientation", "options", "most"),
+    [
+        ("JPEG", 1, {}, 5),
+        ("JPEG", 6, {}, 8.5),
+        ("JPEG", 6, {"progressive": True, "subsampling": 0}, 10.5),
+        ("PNG", 6, {"transparency": RED}, 8.5),
+        ("WEBP", 6, {}, 17),
+    ],
+)
+def test_memory_of_decoding(tmp_path, kind, orientation, options, most):
+    """``most`` bytes for each pixel, as the documents say, however many images there are."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path, pixels = tmp_path / "large", 4000 * 2500
+    path.write_bytes(encoded(Image.new("RGB", (4000, 2500), RED), kind, exif=exif, **options))
+    program = (
+        "import re, sys, torch\nfrom model_server.images import IMAGENET\n"
+        "def peak(): return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+        "small, large = (open(path, 'rb').read() for path in sys.argv[1:])\n"
+        "IMAGENET.prepare([small])\nbefore = peak()\nIMAGENET.prepare([large, large + b'0'])\nprint(peak() - before)"
+    )
+    small = tmp_path / "small"
+    small.write_bytes(encoded(Image.new("RGB", (300, 300)), kind))
+    done = subprocess.run(
+        [sys.executable, "-c", program, small, path],
+        env={"PYTHONPATH": str(ROOT / "service")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # What else a process may take meanwhile is a few MB.
+    assert int(done.stdout) < most * pixels + 8_000_000
+
+
+def test_what_is_not_the_images_fault_is_no_refusal(monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "_upright", lambda image: image.nothing)
+        with pytest.raises(AttributeError):
+            COLOUR.prepare([ONE])
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        COLOUR.prepare([ONE])
 
 
 def test_an_image_that_comes_several_times_is_decoded_once(monkeypatch):
@@ -326,7 +376,7 @@ ONE, TWO = encoded(noise(6, 4)), encoded(noise(5, 5), "BMP")
 
 def asked(body: bytes, content_type: str | None = None):
     headers = {} if content_type is None else {"CONTENT_TYPE": content_type}
-    rows = rows_of(Request("POST", "/predict", "", headers, body, "id"), MODEL)
+    rows = rows_of(Request("POST", "/predict", headers, body), MODEL)
     return rows.values, rows.single
 
 
@@ -374,7 +424,7 @@ def test_files_of_a_form_are_rows_in_their_order():
         (form(), FORM, "the form has no file"),
         (form(*[('name="a"; filename="b"', ONE)] * 4), FORM, "data has 4 rows; this model takes at most 3"),
         (form(*[('name="a"; filename="b"', b"")] * 1000), FORM, "too many parts"),
-        (form(('name="a"', b"x" * 600_000)), FORM, "too much text"),
+        (form(*[('name="a"', b"x")] * 20), FORM, "too many parts"),
         (b"", "image/png", "the body is empty"),
         (b"", FORM, "the body is empty"),
         (ONE, "application/json", "the body is not JSON"),
@@ -383,6 +433,21 @@ def test_files_of_a_form_are_rows_in_their_order():
 def test_bodies_that_are_refused(body, content_type, message):
     with pytest.raises(BadRequest, match=message):
         asked(body, content_type)
+
+
+def test_a_form_may_have_as_many_files_as_a_request_rows():
+    many = SimpleNamespace(bundle=SimpleNamespace(input=COLOUR, max_rows=64))
+    models = SimpleNamespace(find=lambda name, version: many, default=many)
+    for routes, path in ((native.routes, {}), (torchserve.routes, {"name": "m"})):
+        headers = {"CONTENT_TYPE": FORM}
+        for files, texts, fits in ((64, 16, True), (65, 0, False), (1, 80, False)):
+            parts = [('name="data"; filename="a"', ONE)] * files + [('name="comment"', b"x")] * texts
+            request = Request("POST", "/", headers, form(*parts))
+            if fits:
+                assert len(routes(models)[0].begin(request, path).rows) == files
+            else:
+                with pytest.raises(BadRequest, match="at most 64"):
+                    routes(models)[0].begin(request, path)
 
 
 @given(st.lists(st.sampled_from([b"--x", b"--", b"\r\n", b"\n", b'Content-Disposition: form-data; filename="a"', ONE])))
@@ -419,8 +484,42 @@ def test_outputs_that_are_no_classes():
         CLASSES.values(torch.zeros(2, 4))
     with pytest.raises(TypeError):
         CLASSES.check(torch.zeros(2, 3, dtype=torch.float64))
-    with pytest.raises(ValueError, match="aren't finite"):
-        CLASSES.values(torch.tensor([[1.0, float("nan"), 0.0]]))
+    with pytest.raises(TypeError, match="the model returned tuple and no tensor"):
+        CLASSES.check((torch.zeros(2, 3),))
+
+
+def model(forward, spec=GREY, output=CLASSES, **methods) -> Model:
+    module = type("Module", (torch.nn.Module,), {"forward": forward, **methods})()
+    fields = {"max_batch_rows": 8, "max_delay_ms": 0.0, "input": spec, "output": output}
+    return Model(module, SimpleNamespace(name="m", version="1", **fields))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "none"])
+def test_a_classifier_without_a_finite_answer_says_so_in_every_form(activation):
+    spec = ClassesSpec(CLASSES.labels, 2, activation)
+    scores = torch.tensor([[1.0, 2.0, 0.0], [1.0, float("nan"), 0.0]])
+    broken = model(lambda module, images: scores, output=spec)
+    images = torch.zeros(2, *GREY.shape)
+    with pytest.raises(NotFinite, match="no finite answer"):
+        broken.predict([images])
+    [tensor] = broken.predict([images], wants_tensor=True)
+    with pytest.raises(NotFinite, match="no finite answer"):
+        spec.likeliest(tensor, 3)
+    assert [number for _, number in spec.likeliest(scores[:1], 9)[0]] == [1, 0, 2]
+
+
+def test_a_preprocess_gets_pixels_as_it_gets_files():
+    seen = []
+
+    def preprocess(module, rows):
+        seen.append([(type(row), row.dtype, tuple(row.shape)) for row in rows])
+        return torch.stack(rows)
+
+    both = model(lambda module, images: torch.zeros(len(images), 3), preprocess=preprocess)
+    files = both.prepare([encoded(noise(6, 4))] * 2)
+    both.predict([files])
+    both.predict([torch.zeros(1, *GREY.shape), torch.zeros(1, *GREY.shape)])
+    assert seen[0] == seen[1] == [(torch.Tensor, torch.float32, GREY.shape)] * 2
 
 
 IMAGE_INPUT = "input: {kind: image, width: 8, height: 6, channels: 1, mean: [0.5], std: [0.25], resize: 10}"

@@ -213,6 +213,10 @@ def test_what_is_not_finite(triton):
     with pytest.raises(InferenceServerException, match="no finite answer"):
         outputs = [InferRequestedOutput("output", binary_data=False)]
         triton.infer("roots", [tensor(negative, "FP64")], outputs=outputs)
+    with pytest.raises(InferenceServerException, match="no finite answer") as caught:
+        pixels = numpy.full((1, 1, 4, 4), 3e38, dtype=numpy.float32)
+        triton.infer("shades", [tensor(pixels, "FP32")], outputs=[InferRequestedOutput("output", class_count=1)])
+    assert caught.value.status() == "400"
     with pytest.raises(InferenceServerException, match="isn't finite"):
         triton.infer("simplemodel", [tensor(floats([numpy.nan, 1]), "FP32")])
 
@@ -274,27 +278,24 @@ def test_a_client_that_waits_too_shortly_is_told(triton):
 @pytest.mark.parametrize(
     ("path", "body", "expected"),
     [
-        ("simplemodel", [0.2, 0.6], pytest.approx(PROBABILITY)),
-        ("simplemodel/1.0.0", [0.2, 0.6], pytest.approx(PROBABILITY)),
-        ("simplemodel", [[0.2, 0.6]], [pytest.approx(PROBABILITY)]),
-        ("simplemodel", {"instances": [[0.2, 0.6]]}, [pytest.approx(PROBABILITY)]),
-        ("simplemodel", {"data": [0.2, 0.6]}, pytest.approx(PROBABILITY)),
+        ("simplemodel", [0.2, 0.6], [pytest.approx(PROBABILITY)]),
+        ("simplemodel/1.0.0", [0.2, 0.6], [pytest.approx(PROBABILITY)]),
+        ("simplemodel", [[0.2, 0.6]], [[pytest.approx(PROBABILITY)]]),
+        ("simplemodel", {"instances": [[0.2, 0.6]]}, [[pytest.approx(PROBABILITY)]]),
+        ("simplemodel", {"data": [0.2, 0.6]}, [pytest.approx(PROBABILITY)]),
+        ("roots", [[1, 4], [9, 16]], [[1, 2], [3, 4]]),
         ("parity", 3, {"odd": True}),
         ("signs", [-1, 2], ["minus", "plus"]),
-        ("shades", [in_base64(picture(0))], [{"class": "dark"}]),
-        ("shades", picture(255), {"class": "light"}),
+        ("shades", [in_base64(picture(0))], [{"dark": pytest.approx(0.880797)}]),
+        ("shades", picture(255), {"light": pytest.approx(0.880797)}),
         ("lengths", b"[1, 2]", 6),
     ],
 )
-def test_torchserve_answers_with_the_value_itself(service, path, body, expected):
+def test_torchserve_answers_with_the_value_itself_as_its_own_handlers_do(service, path, body, expected):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     for content_type in ("application/json", "application/x-www-form-urlencoded"):
         status, answer = ask(service, "POST", f"/predictions/{path}", data, Content_Type=content_type)
-        assert status == 200
-        if path == "shades":
-            answer = [{"class": one["class"]} for one in answer] if isinstance(answer, list) else answer
-            answer = {"class": answer["class"]} if isinstance(answer, dict) else answer
-        assert answer == expected
+        assert (status, answer) == (200, expected)
 
 
 def form(name: str, data: bytes, options: str = "") -> dict:
@@ -309,7 +310,7 @@ def test_torchserve_takes_an_upload_by_put(service):
     # What `curl -T FILE` sends.
     for path in ("shades", "shades/1.0.0"):
         status, answer = ask(service, "PUT", f"/predictions/{path}", picture(255))
-        assert (status, answer["class"]) == (200, "light")
+        assert (status, list(answer)) == (200, ["light"])
 
 
 def test_torchserve_predicts_on_each_file_of_a_form(service):
@@ -317,7 +318,7 @@ def test_torchserve_predicts_on_each_file_of_a_form(service):
     content_type = "multipart/form-data; boundary=x"
     body = part % picture(0) + part % picture(255) + b"--x--\r\n"
     status, answer = ask(service, "POST", "/predictions/shades", body, Content_Type=content_type)
-    assert (status, [one["class"] for one in answer]) == (200, ["dark", "light"])
+    assert (status, [list(one) for one in answer]) == (200, [["dark"], ["light"]])
     status, answer = ask(service, "POST", "/predictions/lengths", body, Content_Type=content_type)
     assert (status, answer) == (200, [len(picture(0)), len(picture(255))])
     body = part % b"[0.2, 0.6]" * 2 + b"--x--\r\n"
@@ -329,9 +330,9 @@ def test_torchserve_takes_forms(service):
     for name in ("data", "body"):
         for options in ("", '; filename="row.json"'):
             status, answer = ask(service, "POST", "/predictions/simplemodel", **form(name, b"[0.2, 0.6]", options))
-            assert (status, answer) == (200, pytest.approx(PROBABILITY))
+            assert (status, answer) == (200, [pytest.approx(PROBABILITY)])
     status, answer = ask(service, "POST", "/predictions/shades", **form("data", picture(0), '; filename="a.png"'))
-    assert (status, answer["class"]) == (200, "dark")
+    assert (status, list(answer)) == (200, ["dark"])
     status, answer = ask(service, "POST", "/predictions/simplemodel", **form("other", b"[0.2, 0.6]"))
     assert status == 400 and "field" in answer["message"]
 

@@ -32,7 +32,7 @@ def begin(spec: object, body: bytes, length: object = None) -> Call:
     bundle = SimpleNamespace(input=spec, output=OUTPUT, max_rows=4)
     models = Models([SimpleNamespace(name="model", version="1", bundle=bundle, module=None)])
     headers = {} if length is None else {"INFERENCE_HEADER_CONTENT_LENGTH": str(length)}
-    return oip.routes(models)[0].begin(Request("POST", "/", "", headers, body, "id"), PATH)
+    return oip.routes(models)[0].begin(Request("POST", "/", headers, body), PATH)
 
 
 def body_of(header: dict, raw: bytes) -> tuple[bytes, int]:

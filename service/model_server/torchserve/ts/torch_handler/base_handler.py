@@ -1,6 +1,5 @@
 """The class that most handlers derive from."""
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ class BaseHandler:
         self.model_yaml_config: dict[str, Any] = {}
 
     def initialize(self, context: Any) -> None:
-        """Load the model and index_to_name.json. Raises FileNotFoundError, ValueError, RuntimeError."""
+        """Load the model and index_to_name.json. Raises FileNotFoundError, ImportError, ValueError, RuntimeError."""
         self.context = context
         self.manifest = context.manifest
         self.model_yaml_config = context.model_yaml_config
@@ -45,12 +44,9 @@ class BaseHandler:
         return torch.jit.load(model_pt_path, map_location=self.map_location)
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> torch.nn.Module:
-        specification = importlib.util.spec_from_file_location(
-            os.path.splitext(model_file)[0], os.path.join(model_dir, model_file)
-        )
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
         names = self.manifest["model"]
+        title = f"{names['modelName']}_{Path(model_file).stem}".replace("-", "_")
+        module = modules.run_file(Path(model_dir, model_file), title)
         wanted = names.get("modelClass")
         classes = [getattr(module, wanted)] if wanted else list_classes_from_module(module, torch.nn.Module)
         if len(classes) != 1:
