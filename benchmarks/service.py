@@ -62,7 +62,7 @@ PACKAGES = {
 }
 AB_REQUESTS, AB_CONNECTIONS = 10_000, 200
 TAIL_BAR = 3.0
-# As slow as ResNet18 on one core, so that the generator, which shares the cores, takes little of them at twice the rate.
+# As slow as ResNet18 on one core, so that the generator, which shares the cores, takes little of them.
 SLOW_S = 0.05
 OVERLOAD_CONNECTIONS = 64
 SERVED_BAR, SHED_BAR_MS, HEALTH_BAR_MS, GROWTH_BAR = 0.9, 50.0, 100.0, 5.0

@@ -4,6 +4,7 @@ import hashlib
 import io
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -47,17 +48,27 @@ def archived(path, source):
     return path
 
 
+def would_change(playbook, engine, bundle):
+    """What check mode says of a bundle that the idle colour doesn't hold; it must say that and change nothing."""
+    before = engine("status")
+    told = playbook("deploy", "-e", f"bundle={bundle}", "--check")
+    assert told.returncode == 0 and "changed=0" not in told.stdout, told.stdout[-3000:]
+    assert engine("status") == before
+    return " ".join(told.stdout.split())
+
+
 def test_an_archive_lands_on_the_idle_colour_once(playbook, engine, untouched, tmp_path):
     archive = archived(tmp_path / "model.tar.gz", PROJECT / "bundles/digits/1.0.0")
-    told = playbook("deploy", "-e", f"bundle={archive}", "--check")
-    assert told.returncode == 0, told.stdout[-3000:]
-    assert engine("status")["colours"][untouched["idle"]] == untouched["colours"][untouched["idle"]]
+    assert "digits 1.0.0 " in would_change(playbook, engine, archive)
     assert playbook("deploy", "-e", f"bundle={archive}").returncode == 0
     placed = engine("status")["colours"][untouched["idle"]]
     assert (placed["model"], placed["version"], placed["status"]) == ("digits", "1.0.0", "ready")
     again = playbook("deploy", "-e", f"bundle={archive}")
     assert "changed=0" in again.stdout, again.stdout[-3000:]
     assert engine("status")["colours"][untouched["idle"]]["release"] == placed["release"]
+    # Delivered by the inventory: here the engine itself tells.
+    told = would_change(playbook, engine, SOURCE)
+    assert f"would place simplemodel 1.1.0 with the image {placed['image']} on" in told
 
 
 def test_a_truncated_archive(playbook, untouched, tmp_path):
@@ -126,13 +137,34 @@ def test_no_bundle_named(playbook, untouched):
     assert refused.returncode != 0 and "-e bundle=PATH" in refused.stdout
 
 
-def test_what_is_damaged_does_not_stay(host, playbook, engine, untouched, tmp_path):
+def test_a_host_without_the_engine_is_told_to_be_provisioned(host, playbook, untouched):
+    host.check_output("mv /usr/local/bin/appliance /usr/local/bin/appliance.away")
+    try:
+        refused = playbook("deploy", "-e", f"bundle={SOURCE}")
+    finally:
+        host.check_output("mv /usr/local/bin/appliance.away /usr/local/bin/appliance")
+    assert refused.returncode != 0 and "run playbooks/site.yml first" in refused.stdout, refused.stdout[-2000:]
+
+
+def test_what_is_damaged_is_refused_and_two_deliver_at_once(host, playbook, engine, untouched, tmp_path):
     bundle = changed_copy(tmp_path / "bundle", version="9.9.9")
     good = (bundle / "weights.pth").read_bytes()
     (bundle / "weights.pth").write_bytes(good[:-1] + b"x")
     refused = playbook("deploy", "-e", f"bundle={bundle}")
-    assert refused.returncode != 0 and "checksum" in refused.stdout, refused.stdout[-2000:]
-    assert not host.file("/var/lib/appliance/bundles/simplemodel/9.9.9").exists
+    assert refused.returncode != 0, refused.stdout[-2000:]
+    assert "weights.pth isn't what SHA256SUMS says" in " ".join(refused.stdout.split())
+    delivered = "/var/lib/appliance/bundles/simplemodel"
+    assert not host.file(f"{delivered}/9.9.9").exists
+    # What an interrupted run left, and what a third run is at just now.
+    host.check_output(f"mkdir {delivered}/.incoming-old {delivered}/.incoming-new")
+    host.check_output(f"touch --date '-2 days' {delivered}/.incoming-old")
     (bundle / "weights.pth").write_bytes(good)
-    assert playbook("deploy", "-e", f"bundle={bundle}").returncode == 0
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda _: playbook("deploy", "-e", f"bundle={bundle}"), range(2)))
+    assert 0 in [run.returncode for run in runs], runs[0].stdout[-3000:]
+    # The engine has one lock: the other run may have met it.
+    assert all(run.returncode == 0 or "lock" in run.stdout for run in runs), [run.stdout[-2000:] for run in runs]
     assert engine("status")["colours"][untouched["idle"]]["version"] == "9.9.9"
+    host.check_output(f"cd {delivered}/9.9.9 && sha256sum --check --strict SHA256SUMS")
+    assert host.check_output(f"find {delivered} -name '.incoming-*' -printf '%f '").split() == [".incoming-new"]
+    host.check_output(f"rmdir {delivered}/.incoming-new")

@@ -63,6 +63,19 @@ def test_nginx_killed(host, serving):
     serving()
 
 
+def test_site_fails_where_production_is_down(host, live, serving, playbook):
+    host.check_output(f"systemctl stop model@{live}.service")
+    # No task has this tag: only what always runs.
+    result = playbook("site", "--tags", "nothing")
+    assert result.returncode != 0
+    told = " ".join(result.stdout.split())
+    assert f"Production doesn't serve: {live} doesn't answer" in told, told[-2000:]
+    advice = f"sudo systemctl restart model@{live}.service"
+    assert advice in told
+    host.check_output(advice)
+    serving()
+
+
 def test_both_colours_are_up_in_the_end(engine, eventually):
     def both():
         return all(colour["status"] == "ready" for colour in engine("status")["colours"].values())

@@ -54,7 +54,7 @@ def wrong_examples(directory):
 
 
 BROKEN = {
-    "9.0.1": (bad_checksum, False, "checksum"),
+    "9.0.1": (bad_checksum, False, "weights.pth isn't what SHA256SUMS says"),
     "9.0.2": (missing_class, True, "NoSuchModel"),
     "9.0.3": (foreign_weights, True, "weights"),
     "9.0.4": (wrong_examples, True, "example"),
@@ -66,10 +66,9 @@ def test_a_broken_bundle_never_becomes_ready(host, edge, engine, playbook, tmp_p
     change, checksums, word = BROKEN[version]
     broken = bundle(tmp_path / "broken", version, change, checksums=checksums)
     before = engine("status")
-    releases = json.dumps({"rollout_releases": {before["idle"]: str(broken)}})
-    result = playbook("site", "--tags", "releases", "-e", releases)
+    result = playbook("deploy", "-e", f"bundle={broken}")
     assert result.returncode != 0
-    assert word in result.stdout, result.stdout[-3000:]
+    assert word in " ".join(result.stdout.split()), result.stdout[-3000:]
     after = engine("status")
     assert after["live"] == before["live"]
     # The idle colour has its earlier release back.
@@ -107,6 +106,8 @@ def test_changed_settings_reach_the_idle_colour_only(host, playbook, engine):
     before = engine("status")
     result = playbook("site", "--tags", "releases", "-e", "model_pids_limit=300")
     assert result.returncode == 0, result.stdout[-3000:]
+    assert "MODEL_PIDS=300\n" in host.file(f"/etc/appliance/{before['idle']}.env").content_string
+    assert "MODEL_PIDS=256\n" in host.file(f"/etc/appliance/{before['live']}.env").content_string
     after = engine("status")
     assert after["colours"][before["idle"]]["release"] != before["colours"][before["idle"]]["release"]
     assert after["colours"][before["live"]]["release"] == before["colours"][before["live"]]["release"]

@@ -90,6 +90,23 @@ def test_changed_settings_are_a_change(box):
     assert box.deploy("green", one).json["changed"] is True
 
 
+def test_settings_reach_a_colour_with_its_release_only(box):
+    settings = box.config_dir / "model.env"
+    settings.write_text("MODEL_MEMORY=1g\n")
+    box.live_on_blue()
+    blue, green = ((box.config_dir / f"{colour}.env").read_text() for colour in ("blue", "green"))
+    assert blue.endswith("\nMODEL_MEMORY=1g\n") and green.endswith("\nMODEL_MEMORY=1g\n")
+    settings.write_text("MODEL_MEMORY=64m\n")
+    box.host.faults["3.0.0"] = {"crash"}
+    three = box.bundle("3.0.0")
+    assert "release 2 was put back and is ready" in box.deploy("green", three).message
+    assert (box.config_dir / "green.env").read_text() == green
+    box.host.faults.clear()
+    assert box.deploy("green", three).status == 0
+    assert box.host.running["green"].env["MODEL_MEMORY"] == "64m"
+    assert (box.config_dir / "blue.env").read_text() == blue
+
+
 def test_a_record_from_before_the_settings_were_recorded_is_readable(box):
     box.live_on_blue()
     for number in (1, 2):
