@@ -40,7 +40,8 @@ def main() -> None:
     )
 
     def forward(count: int) -> torch.Tensor:
-        rows = specification.prepare([data] * count) if tensor is None else [tensor] * count
+        # One by one, as requests come: of the same image twice in a list the second one would cost nothing.
+        rows = [specification.prepare([data])[0] if tensor is None else tensor for _ in range(count)]
         return model.module(torch.stack(rows))
 
     def loop(barrier: multiprocessing.Barrier, rates: multiprocessing.Queue) -> None:

@@ -18,6 +18,8 @@ _SCRIPT = ROOT / "benchmarks" / "post.lua"
 _OPEN_LOOP = ROOT / "benchmarks" / "open_loop.py"
 # What a generator gets beyond the time that it was asked to send for.
 _MARGIN_SECONDS = 60.0
+# Before a closed loop is counted.
+WARM_UP_S = 1.0
 _AB_SECONDS = 300.0
 _PACKAGES = {"wrk": "wrk", "ab": "apache2-utils"}
 
@@ -118,7 +120,8 @@ def paced(addresses: Sequence[str], path: str, body: Body, *, rate: float, secon
 
 def saturated(addresses: Sequence[str], path: str, body: Body, *, connections: int, seconds: float) -> dict[str, float]:
     """The same client as `paced`, but each connection sends as soon as its answer is there."""
-    return _open_loop(addresses, path, body, seconds, ["--connections", str(connections)])
+    mode = ["--connections", str(connections), "--warm-up", str(WARM_UP_S)]
+    return _open_loop(addresses, path, body, seconds, mode)
 
 
 def _open_loop(

@@ -135,9 +135,15 @@ class Connection(asyncio.Protocol):
 
 
 class Load:
-    """A run against some addresses; `closed` where connections send as soon as they are free."""
+    """A run against some addresses; `closed` where connections send as soon as they are free.
 
-    def __init__(self, addresses: Sequence[str], request: bytes, seconds: float, closed: bool) -> None:
+    Rates are of the `seconds` that begin `warm_up` seconds after the start: until then answers are fewer than they will
+    be, since the first requests have yet to be worked on.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], request: bytes, seconds: float, closed: bool, warm_up: float = 0.0
+    ) -> None:
         self.closed = closed
         self.request = request
         self.targets = [Target(address, self) for address in addresses]
@@ -147,14 +153,15 @@ class Load:
         self.in_time: Counter[str] = Counter()
         self.sent = 0
         self.start = time.perf_counter()
-        self.end = self.start + seconds
+        self.counted_from = self.start + warm_up
+        self.end = self.counted_from + seconds
 
     def record(self, status: str, due: float) -> None:
         """Note the answer to the request that was due then."""
         now = time.perf_counter()
         self.times.setdefault(status, []).append(now - due)
         # What comes after the end was still queued: it would make the rate look better than it is.
-        self.in_time[status] += now <= self.end
+        self.in_time[status] += self.counted_from <= now <= self.end
 
     async def at_rate(self, rate: float, seconds: float) -> None:
         for number, offset in enumerate(due_times(rate, seconds)):
@@ -196,7 +203,7 @@ async def run(given: argparse.Namespace) -> dict[str, float]:
     closed = given.connections is not None
     body = given.body.read_bytes()
     head = [f"POST {given.path} HTTP/1.1", "Host: bench", *given.header, f"Content-Length: {len(body)}", "", ""]
-    load = Load(given.addresses, "\r\n".join(head).encode() + body, given.seconds, closed)
+    load = Load(given.addresses, "\r\n".join(head).encode() + body, given.seconds, closed, given.warm_up)
     if closed:
         await load.saturate(given.connections)
     else:
@@ -211,6 +218,7 @@ def main() -> None:
     parser.add_argument("--body", type=Path, required=True, help="file with the body")
     parser.add_argument("--header", action="append", default=[], help="'Content-Type: application/json', for example")
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--warm-up", type=float, default=0.0, help="seconds before these (%(default)s)")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--rate", type=float, help="requests a second, sent when due")
     mode.add_argument("--connections", type=int, help="connections that send as soon as they have their answer")

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "load")]
 from swap_client import percentile  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from benchmarks.generators import Body, Closed, ab, paced, require, saturated, wrk  # noqa: E402
+from benchmarks.generators import WARM_UP_S, Body, Closed, ab, paced, require, saturated, wrk  # noqa: E402
 from benchmarks.processes import Process, cpu_between  # noqa: E402
 from benchmarks.report import BenchError, Row, machine  # noqa: E402
 from benchmarks.servers import (  # noqa: E402
@@ -48,7 +48,6 @@ from benchmarks.servers import (  # noqa: E402
 
 MARKS = ("<!-- service-bench:begin, written by `make bench` -->", "<!-- service-bench:end -->")
 CONNECTIONS = (64, 200)
-WARM_UP_S = 1.0
 # Requests a second, ours / theirs; the other peers are measured without a bar.
 RATE_BARS = {"fastapi": 1.3, "flask": 2.5, "torchserve": 3.0}
 CPU_BARS = {"fastapi": 0.8}
@@ -69,9 +68,9 @@ SERVED_BAR, SHED_BAR_MS, HEALTH_BAR_MS, GROWTH_BAR = 0.9, 50.0, 100.0, 5.0
 HEALTH_PERIOD_S, MEMORY_PERIOD_S = 0.1, 3.0
 MEMORY_BAR, WEIGHTS_MIB, WEIGHTS_WORKERS, WEIGHTS_BAR = 0.6, 200, 4, 1.5
 IMAGE_CLIENTS, IMAGE_BATCHES, IMAGE_BAR = 16, (1, 2, 4, 8, 16), 0.95
-# What is under way at the end of a round doesn't count: with 16 images of 35 a second, short rounds would be unfair.
+# Answers come in batches: with 4 images at a time of 35 a second, short rounds would be coarse.
 IMAGE_SECONDS = 10.0
-# The same is true of rows that take long.
+# So are rows that take long.
 CLOSED_SECONDS = 10.0
 START_RUNS, START_BAR_S = 5, 5.0
 

@@ -96,6 +96,17 @@ def test_overload_is_judged_on_every_promise():
     assert {row.verdict for row in bad} == {"MISS"}
 
 
+def test_answers_before_and_after_the_counted_time_make_no_rate():
+    for begins, ends in ((-60.0, -1.0), (60.0, 61.0)):
+        load = open_loop.Load([], b"", seconds=ends - begins, closed=True, warm_up=begins)
+        load.record("200", load.start)
+        assert load.figures(ends - begins)["served"] == 1
+        assert load.figures(ends - begins)["served_a_second"] == 0
+    load = open_loop.Load([], b"", seconds=60.0, closed=True, warm_up=-30.0)
+    load.record("200", load.start)
+    assert load.figures(60.0)["served_a_second"] == 1 / 60
+
+
 def test_growth_leaves_the_warm_up_out():
     growth, first, last = bench.grown([100.0, *[200.0] * 8, 210.0])
     assert (round(growth, 3), first, last) == (5.0, 200.0, 210.0)
