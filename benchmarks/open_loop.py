@@ -25,7 +25,7 @@ from swap_client import percentile  # noqa: E402
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _RETRY = re.compile(rb"\r\nretry-after: *\d", re.IGNORECASE)
-_LAST_ANSWERS_SECONDS = 5.0
+_LAST_ANSWERS_SECONDS = 30.0
 # In an open loop, for each address. What is due while all are in use waits.
 _MOST_CONNECTIONS = 1000
 
