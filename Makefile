@@ -52,13 +52,17 @@ lint: environment ## ansible-lint, yamllint, ruff
 	yamllint --strict .
 	ansible-lint --strict
 
+# One process more than there are cores, since many tests wait for servers that they have started.
 unit: environment ## tests that need no host
-	pytest --numprocesses=auto --dist=loadfile
+	pytest --numprocesses=$(shell expr $$(nproc) + 1) --dist=loadfile
 
 molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13, then provisioning on Debian 12
 
+# The default scenario first: it is the one that provisions a fresh host, which all others then use.
+SCENARIOS := default $(filter-out default,$(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
+
 molecule-trixie: engine environment
-	$(call molecule_on,trixie,--all)
+	$(call molecule_on,trixie,$(SCENARIOS:%=--scenario-name %))
 
 molecule-bookworm: engine environment
 	$(call molecule_on,bookworm,--scenario-name default)
