@@ -25,3 +25,11 @@ def test_prometheus_is_back(host, eventually):
         seconds=60,
         what="Prometheus after the restart",
     )
+
+
+def test_jobs_and_their_results_are_still_there(edge):
+    # The same request with the same key is the same job: 200, where a new one would be 202.
+    again = edge.predict("/v1/jobs", **{"Idempotency-Key": "over-the-restart"})
+    assert again.status == 200, again.text
+    result = edge.request("GET", f"{again.headers['location']}/result")
+    assert result.status == 200 and list(result.json) == ["output"]
