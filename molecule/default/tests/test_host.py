@@ -122,6 +122,11 @@ def test_each_colour_answers_at_its_door(edge, engine):
         assert answer.json["output"] == pytest.approx(0.65, abs=0.05)
 
 
+def test_each_core_has_a_worker(host, engine):
+    cores = int(host.check_output("nproc"))
+    assert {colour["workers"]["wanted"] for colour in engine("status")["colours"].values()} == {cores}
+
+
 def test_the_request_id_goes_all_the_way(host, edge, eventually):
     answer = edge.predict(**{"X-Request-ID": "follow-me-42"})
     assert answer.headers["x-request-id"] == "follow-me-42"
