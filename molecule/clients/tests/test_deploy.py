@@ -5,11 +5,12 @@ import io
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROJECT
 
+PROJECT = Path(__file__).resolve().parents[3]
 SOURCE = PROJECT / "bundles/simplemodel/1.1.0"
 
 

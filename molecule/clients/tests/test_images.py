@@ -3,10 +3,11 @@
 import base64
 import json
 import uuid
+from pathlib import Path
 
 import pytest
-from conftest import PROJECT
 
+PROJECT = Path(__file__).resolve().parents[3]
 BUNDLE = PROJECT / "bundles/digits/1.0.0"
 EXAMPLES = json.loads((BUNDLE / "examples.json").read_text())["examples"]
 IMAGES = [(base64.b64decode(each["request"]["data"]), each["response"]["output"]["class"]) for each in EXAMPLES[:5]]
