@@ -76,7 +76,9 @@ def down(name: str) -> None:
         if machine.STATE.exists() and not any(machine.STATE.iterdir()):
             machine.STATE.rmdir()
             image.remove_all()
-    engine.stop_if_ours()
+    # Another lab of this checkout may be just about to boot.
+    if not machine.STATE.exists():
+        engine.stop_if_ours()
     say("Removed. The virtual environment stays in .venv; delete the directory if you don't want it.")
 
 
