@@ -94,7 +94,7 @@ def provision_row(seconds: float, there: Sequence[str], command: str) -> Row:
 
 def found_here(suite: str) -> list[str]:
     """What a clean clone finds on this machine, and so doesn't download."""
-    found = {"Docker": ["docker", "--version"], "the lab's image": ["docker", "image", "inspect", image.tag(suite)]}
+    found = {"Docker": ["dockerd", "--version"], "the lab's image": ["docker", "image", "inspect", image.tag(suite)]}
     return [name for name, command in found.items() if console.succeeds(command)]
 
 
