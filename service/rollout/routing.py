@@ -2,6 +2,9 @@
 
 `states/<n>/` is complete and durable before `current` points to it, and `current` changes by one rename: at every
 instant, and after a power cut at any instant, `current` leads to a complete state.
+
+A share of traffic is a link in the state (`split`, `shadow`) to `shares/<percent>/`, which holds one empty file for
+each bucket that belongs to it: nginx puts a request into one of 100 buckets and looks whether that file is there.
 """
 
 from __future__ import annotations
@@ -27,7 +30,11 @@ class RoutingBroken(ApplianceError):
 
 @dataclass(frozen=True)
 class State:
-    """One routing state. `previous` is what a rollback returns to; `releases` holds each colour's release then."""
+    """One routing state. `previous` is what a rollback returns to; `releases` holds each colour's release then.
+
+    `split` is the percentage of users whom the idle colour serves, `shadow` that of requests which are copied to it.
+    In `maintenance` nobody is served but under `/test/`.
+    """
 
     live: str
     since: str
@@ -38,6 +45,9 @@ class State:
     previous: str | None = None
     previous_release: int | None = None
     releases: dict[str, int | None] = field(default_factory=dict)
+    split: int = 0
+    shadow: int = 0
+    maintenance: bool = False
 
 
 class Routing:
@@ -46,6 +56,7 @@ class Routing:
     def __init__(self, directory: Path, colours: tuple[str, ...]) -> None:
         self.directory = directory
         self.states = directory / "states"
+        self.shares = directory / "shares"
         self.current = directory / "current"
         self._colours = colours
 
@@ -74,7 +85,27 @@ class Routing:
             raise self._broken(f"leads to a state.json that can't be used: {error}") from None
         if state.live != flags[0] or state.number != int(name):
             raise self._broken(f"leads to flag file {flags[0]}, but state.json says {state.live} in {state.number}")
+        shares = {"split": state.split, "shadow": state.shadow}
+        for flag, said in shares.items():
+            if self._share_of(directory / flag) != said:
+                raise self._broken(f"leads to a link {flag} that isn't the {said} % of its state.json")
+        if (directory / "maintenance").is_file() != state.maintenance:
+            raise self._broken(
+                f"leads to a state.json that says maintenance {state.maintenance}, against its flag file"
+            )
         return state
+
+    @staticmethod
+    def _share_of(link: Path) -> int | None:
+        """The percentage that a link in a state stands for; None where it can't be used."""
+        try:
+            target = os.readlink(link)
+        except FileNotFoundError:
+            return 0
+        except OSError:
+            return None
+        name = os.path.basename(target)
+        return int(name) if target == f"../../shares/{name}" and _NUMBER.fullmatch(name) and link.is_dir() else None
 
     def _broken(self, what: str) -> RoutingBroken:
         return RoutingBroken(
@@ -90,11 +121,18 @@ class Routing:
         """
         files.ensure_directory(self.states)
         self.clean()
-        state = replace(state, number=max(self._numbers(), default=0) + 1)
+        for percent in {state.split, state.shadow} - {0}:
+            self._ensure_share(percent)
+        state = replace(state, number=self.next_number())
         temporary = self.states / f".new-{state.number}"
         try:
             files.make_directory(temporary)
             files.write_new(temporary / state.live, b"")
+            for flag, percent in (("split", state.split), ("shadow", state.shadow)):
+                if percent:
+                    os.symlink(f"../../shares/{percent}", temporary / flag)
+            if state.maintenance:
+                files.write_new(temporary / "maintenance", b"")
             files.write_new(temporary / "state.json", json.dumps(asdict(state), indent=1).encode() + b"\n")
             files.fsync_directory(temporary)
             os.rename(temporary, self.states / str(state.number))
@@ -103,6 +141,10 @@ class Routing:
             raise
         files.fsync_directory(self.states)
         return state, self.point_to(state.number)
+
+    def next_number(self) -> int:
+        """The number that the next state gets."""
+        return max(self._numbers(), default=0) + 1
 
     def point_to(self, number: int) -> float:
         """Rename a link to `states/<number>` over `current`; returns the monotonic time in seconds of the rename."""
@@ -115,13 +157,34 @@ class Routing:
         files.fsync_directory(self.directory)
         return moment
 
+    def _ensure_share(self, percent: int) -> None:
+        """Make `shares/<percent>/` with the buckets 0 to `percent` - 1, durable before anything links to it."""
+        if not 0 < percent <= 100:
+            raise ValueError(f"{percent} isn't a percentage from 1 to 100")
+        directory = self.shares / str(percent)
+        if directory.is_dir():
+            return
+        files.ensure_directory(self.shares)
+        temporary = self.shares / f".new-{percent}"
+        files.remove_tree(temporary)
+        try:
+            files.make_directory(temporary)
+            for bucket in range(percent):
+                files.write_new(temporary / str(bucket), b"")
+            files.fsync_directory(temporary)
+            os.rename(temporary, directory)
+        except OSError:
+            files.remove_tree(temporary)
+            raise
+        files.fsync_directory(self.shares)
+
     def clear(self) -> None:
         """Go back to "no colour is live": only for an `init` that failed."""
         files.remove(self.current)
 
     def clean(self) -> None:
         """Remove what a crash left: temporary names, and states that `current` never pointed to."""
-        for directory in (self.directory, self.states):
+        for directory in (self.directory, self.states, self.shares):
             for path in directory.glob(".*"):
                 files.remove_tree(path)
         present = self.read()

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""Measure what the routing decision costs nginx: a table, `reports/edge_bench.json`, a part of `docs/benchmarks.md`.
+
+The configuration of the role `edge` beside the same one with a fixed upstream, in turns. Needs no appliance, but nginx,
+ansible and wrk, two cores, and an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "service"), str(ROOT / "tests" / "integration")]
+
+from edge_box import COLOURS, PATH, WORKERS, Edge, missing_programs  # noqa: E402
+
+from benchmarks import report  # noqa: E402
+from benchmarks.generators import WARM_UP_S, Body, require, wrk  # noqa: E402
+from benchmarks.processes import Process  # noqa: E402
+from benchmarks.report import BenchError, Row, machine  # noqa: E402
+from benchmarks.servers import Server, ours, simplemodel_example  # noqa: E402
+from benchmarks.service import Rounds  # noqa: E402
+
+MARKS = ("<!-- edge-bench:begin, written by `make bench` -->", "<!-- edge-bench:end -->")
+COST_BAR = 3.0
+CONNECTIONS = 32
+SITUATIONS = {
+    "blue is live": {"live": "blue"},
+    "green is live": {"live": "green"},
+    "canary at 25 %": {"live": "blue", "split": 25},
+}
+BACKEND = """
+worker_processes 1;
+pid {directory}/backend.pid;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000000;
+    keepalive_timeout 1h;
+    default_type application/json;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+{servers}
+}}
+"""
+BACKEND_COLOUR = """
+    server {{
+{listens}        add_header X-Model-Colour {colour};
+        add_header X-Model-Version 1.0.0;
+        return 200 '{{"output": 0.65}}';
+    }}
+"""
+# A block of the configuration, with quoted braces in it.
+_PART = r"""(?:'[^']*'|"[^"]*"|[^'"{}])*"""
+_DECISIONS = re.compile(rf"\n *(?:if \(|split_clients ){_PART}\{{{_PART}\}}")
+
+
+def fixed_upstream(configuration: str, colour: str) -> str:
+    """The same configuration without a decision: no file is looked at, nobody is drawn, `colour` gets everything.
+
+    Raises BenchError where the configuration doesn't have what is replaced here.
+    """
+    text, removed = _DECISIONS.subn("", configuration)
+    if not removed:
+        raise BenchError("the configuration has no decisions to remove")
+    for variable, value in (
+        ("set $appliance_live none;", f"set $appliance_live {colour};"),
+        ("http://model_$appliance_colour;", f"http://model_{colour};"),
+        ('"routed":"$appliance_routed"', f'"routed":"{colour}"'),
+    ):
+        if variable not in text:
+            raise BenchError(f"the configuration has no {variable!r} any more")
+        text = text.replace(variable, value)
+    return text
+
+
+@contextmanager
+def nothing(directory: Path) -> Iterator[dict[str, Path]]:
+    """Two colours that are an nginx that only answers; the directories of their sockets, by colour."""
+    sockets = {colour: directory / colour for colour in COLOURS}
+    servers = []
+    for colour, folder in sockets.items():
+        folder.mkdir()
+        listens = "".join(f"        listen unix:{folder}/worker-{number}.sock;\n" for number in range(WORKERS))
+        servers.append(BACKEND_COLOUR.format(colour=colour, listens=listens))
+    file = directory / "backend.conf"
+    file.write_text(BACKEND.format(directory=directory, servers="".join(servers)))
+    command = ["nginx", "-c", str(file), "-e", str(directory / "backend-error.log"), "-g", "daemon off;"]
+    process = Process(command, {**os.environ, "PATH": PATH}, directory, directory / "backend.log")
+    try:
+        yield sockets
+    finally:
+        process.stop()
+
+
+@contextmanager
+def model_service(directory: Path) -> Iterator[dict[str, Path]]:
+    """One model service in place of both colours; the directories of their sockets, by colour."""
+    with ours() as server:
+        yield dict.fromkeys(COLOURS, server.sockets)
+
+
+@dataclass
+class Side:
+    """One of the two configurations, running, and what it did in each round."""
+
+    edge: Edge
+    server: Server
+    rounds: Rounds = field(default_factory=Rounds)
+
+    def measure(self, body: Body, seconds: float) -> None:
+        """Measure one more round."""
+        self.rounds.add(self.server, body, CONNECTIONS, seconds)
+        # It grows by some hundred MB in each round.
+        os.truncate(self.edge.directory / "log" / "prod_access.log", 0)
+
+
+@contextmanager
+def side(edge: Edge, *prefix: str) -> Iterator[Side]:
+    """One of the two, running; `prefix` is put before nginx's command."""
+    with edge.running(*prefix) as process:
+        yield Side(edge, Server("nginx", process, edge.port, "/predict", 0.0))
+
+
+def measure_bare(given: argparse.Namespace) -> list[Row]:
+    """The decision where all else costs next to nothing: nginx on a core of its own, the load on another."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise BenchError("one core isn't enough: the load needs another one than nginx")
+    try:
+        # The generator and what is behind nginx inherit it.
+        os.sched_setaffinity(0, cores[1:2])
+        return _measure("bare", nothing, given, "taskset", "-c", str(cores[0]))
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def measure_service(given: argparse.Namespace) -> list[Row]:
+    """The decision in front of the model service, all on the same cores, as on an appliance."""
+    return _measure("service", model_service, given)
+
+
+def _measure(
+    benchmark: str,
+    behind: Callable[[Path], AbstractContextManager[dict[str, Path]]],
+    given: argparse.Namespace,
+    *prefix: str,
+) -> list[Row]:
+    require("wrk")
+    if missing := missing_programs():
+        raise BenchError(f"{' and '.join(missing)} isn't installed")
+    body, _ = simplemodel_example()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/var/tmp") as folder, behind(Path(folder)) as sockets:
+        routed, fixed = (Edge(Path(folder) / name) for name in ("routed", "fixed"))
+        for edge in (routed, fixed):
+            edge.configuration = edge.configuration.replace("worker_processes auto;", "worker_processes 1;")
+            for colour in COLOURS:
+                (edge.run / colour).rmdir()
+                (edge.run / colour).symlink_to(sockets[colour])
+        with_decision = fixed.configuration
+        for situation, state in SITUATIONS.items():
+            print(f"  {situation} …", flush=True)
+            routed.route(**state)
+            fixed.configuration = fixed_upstream(with_decision, state["live"])
+            with side(routed, *prefix) as mine, side(fixed, *prefix) as other:
+                for each in (mine, other):
+                    wrk(each.server.url(), body, CONNECTIONS, WARM_UP_S)
+                for number in range(given.rounds):
+                    for each in (mine, other) if number % 2 else (other, mine):
+                        each.measure(body, given.seconds)
+            runs = f"{given.rounds} x {given.seconds:g} s"
+            rows.append(cost_row(benchmark, situation, mine.rounds, other.rounds, runs))
+    return rows
+
+
+def cost_row(benchmark: str, situation: str, routed: Rounds, fixed: Rounds, runs: str) -> Row:
+    """The row of pairs of rounds, with the decision and without. Raises BenchError where a request was lost."""
+    if lost := routed.lost + fixed.lost:
+        raise BenchError(f"{lost} requests had no good answer")
+    costs = [100 * (1 - mine.rate / other.rate) for mine, other in zip(routed.runs, fixed.runs, strict=True)]
+    note = f"{routed.rate:,.0f} / {fixed.rate:,.0f} a second, pairs {min(costs):.1f} to {max(costs):.1f} %; "
+    note += f"nginx {routed.cpu_us:.1f} / {fixed.cpu_us:.1f} µs a request"
+    figure = f"routing, {TITLES[benchmark]}, {situation}: fewer requests"
+    command = f"wrk -t1 -c{CONNECTIONS} -s benchmarks/post.lua …/predict, {TITLES[benchmark]}; one nginx worker"
+    return Row(benchmark, figure, statistics.median(costs), "%", COST_BAR, note, command, runs)
+
+
+TITLES = {"bare": "nothing behind nginx", "service": "the model service behind nginx"}
+BENCHMARKS = {"bare": measure_bare, "service": measure_service}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured.",
+    )
+    parser.add_argument("--only", action="append", choices=list(BENCHMARKS), help="may be repeated; default: all")
+    parser.add_argument("--seconds", type=float, default=4, help="of each round, whole seconds for wrk (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="pairs of rounds, of which the median counts (%(default)s)"
+    )
+    parser.add_argument("--reports", type=Path, default=ROOT / "reports", help="%(default)s")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="%(default)s")
+    given = parser.parse_args(arguments)
+    if given.seconds < 1 or given.rounds < 1:
+        parser.error("--seconds and --rounds must be at least 1")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    return report.measure(
+        BENCHMARKS,
+        given,
+        figures=given.reports / "edge_bench.json",
+        order=list(BENCHMARKS),
+        marks=MARKS,
+        where={**machine(), "load before": f"{os.getloadavg()[0]:.2f}"},
+        command=shlex.join(["benchmarks/edge.py", *(sys.argv[1:] if arguments is None else arguments)]),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
