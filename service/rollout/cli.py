@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from rollout import config as configuration
-from rollout.errors import ApplianceError, Interrupted, describe_os_error
+from rollout import host, plan
+from rollout.drain import drain
+from rollout.errors import ApplianceError, Interrupted, NeedsRoot, UsageError, describe_os_error
+from rollout.follow import follow
+from rollout.lock import break_stale
 from rollout.operations import Engine
-from rollout.report import Result, print_result
+from rollout.report import Result, print_result, progress
+from rollout.rollouts import Rollouts
 from rollout.text import tidy
+from rollout.watch import Watch
 
 _DESCRIPTION = "Places model releases on two colours, blue and green, and decides which one answers /predict."
 _EPILOG = """\
@@ -31,7 +37,13 @@ a release goes live like this:
   appliance swap --dry-run
   appliance swap --reason "ticket 42"
   appliance rollback            # where it turns out wrong
+
+or step by step, compared with the live colour, and back by itself where it does worse:
+  appliance swap --strategy canary
 """
+
+
+_URGENT = ("rollback", "abort", "pause", "resume", "promote", "maintenance")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=argparse.SUPPRESS,
         metavar="SECONDS",
-        help="how long to wait while another command is at work (default 0)",
+        help="how long to wait while another command is at work (default 0; 10 where it is urgent, such as rollback)",
     )
     parser = _Parser(
         prog="appliance",
@@ -95,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--bundle", type=Path, required=True, metavar="DIR", help="bundle directory, <state_dir>/bundles/NAME/VERSION"
     )
     deploy.add_argument("--image", required=True, help="image that docker has on this host")
+    deploy.add_argument("--origin", metavar="TEXT", help="where the bundle came from; kept in the release's record")
+    deploy.add_argument("--revision", metavar="TEXT", help="the revision of its sources; kept likewise")
     deploy.add_argument("--dry-run", action="store_true", help="check and compare, and change nothing")
     init = command(
         "init",
@@ -110,11 +124,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     swap.add_argument("--to", metavar="COLOUR", help="the colour that is to be live; nothing happens where it is")
     swap.add_argument("--dry-run", action="store_true", help="check, and change nothing")
+    swap.add_argument(
+        "--strategy",
+        choices=("at-once", "canary"),
+        default="at-once",
+        help="all users at once (default), or a rising share of them, judged at each step",
+    )
+    swap.add_argument("--steps", type=_steps, metavar="N,N,…", help="a canary's percentages; the last is 100")
+    swap.add_argument("--detach", action="store_true", help="don't wait for a canary's end")
     rollback = command(
         "rollback",
         "switch back to the colour that was live before",
         "Switches back to the colour that was live before the last switch, if it still holds that release and is "
-        "healthy. A second rollback undoes the first.",
+        "healthy. During a canary it sends everybody back. A second rollback undoes the first.",
+    )
+    rollback.add_argument(
+        "--to", type=int, metavar="RELEASE", help="a release by its number; it is placed again where no colour holds it"
     )
     rollback.add_argument("--dry-run", action="store_true", help="check, and change nothing")
     verify = command(
@@ -129,6 +154,53 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time to become well (default 0)",
     )
+    follow = command(
+        "follow",
+        "show how the rollout under way goes on, until it ends",
+        "Exit status 0 where the new release stays live, 1 where traffic went back. The rollout doesn't need anybody "
+        "who follows it.",
+    )
+    follow.add_argument("--seconds", type=_seconds, metavar="SECONDS", help="at most for so long (then exit status 0)")
+    command("pause", "keep a canary at the share that it has; it is judged all the same")
+    command("resume", "let a paused canary go on")
+    command("promote", "end the step that a rollout is at: a canary's colour goes live, a bake is over")
+    command("abort", "send everybody back to the colour that a rollout came from")
+    split = command(
+        "split",
+        "give the idle colour a share of the users, by hand",
+        "The share stays until it is changed, and nobody watches it: 'appliance swap --strategy canary' does. "
+        "A user always gets the same colour.",
+    )
+    split.add_argument("percent", type=int, metavar="PERCENT")
+    shadow = command(
+        "shadow",
+        "copy a share of requests to the idle colour and compare the answers",
+        "Clients never wait for it. A rollout fails where too many answers differ.",
+    )
+    shadow.add_argument("percent", type=int, metavar="PERCENT")
+    maintenance = command(
+        "maintenance",
+        "answer clients with 503, or serve them again",
+        "In maintenance everything but /health, /test/ and requests with the header X-Model-Track gets 503.",
+    )
+    maintenance.add_argument("state", choices=("on", "off"))
+    command(
+        "prune",
+        "remove releases, bundles and images that nothing needs any more",
+        "Keeps what the colours hold, what a rollback returns to, and the last releases besides. A deploy does it too.",
+    )
+    unlock = command(
+        "unlock",
+        "end a command that holds the lock and doesn't move",
+        "A lock is freed by itself when its process dies, however it dies. This is for one that hangs.",
+    )
+    unlock.add_argument("--force", action="store_true", help="also where it shows signs of life")
+    watch = command(
+        "watch",
+        "carry out the rollout under way",
+        "appliance-rollout.service runs this. When it ends before the rollout has, traffic goes back.",
+    )
+    watch.add_argument("--settle", action="store_true", help="send traffic back where a rollout is left unwatched")
     history = command("history", "what happened, newest last")
     history.add_argument("-n", type=_count, default=20, metavar="N", help="how many entries (default 20)")
     return parser
@@ -157,7 +229,8 @@ def _run(options: argparse.Namespace) -> Result:
         config,
         who=tidy(getattr(options, "who", None) or default_who(), 100),
         reason=tidy(reason, 500) if reason else None,
-        lock_wait=getattr(options, "lock_wait", 0.0),
+        # A watch holds the lock for moments only, and nobody wants to say twice what is urgent.
+        lock_wait=getattr(options, "lock_wait", 10.0 if options.command in _URGENT else 0.0),
     )
     name = options.command
     if name == "status":
@@ -170,14 +243,101 @@ def _run(options: argparse.Namespace) -> Result:
         dry = options.dry_run
         command = f"deploy {tidy(options.colour, 40)}"
         return engine.run(
-            command, lambda: engine.deploy(options.colour, options.bundle, options.image, dry_run=dry), dry_run=dry
+            command,
+            lambda: engine.deploy(
+                options.colour,
+                options.bundle,
+                options.image,
+                origin=_short(options.origin),
+                revision=_short(options.revision),
+                dry_run=dry,
+            ),
+            dry_run=dry,
         )
     if name == "init":
         return engine.run(f"init {tidy(options.colour, 40)}", lambda: engine.init(options.colour))
+    if name == "unlock":
+        return _unlock(config, engine, force=options.force)
+    if name == "prune":
+        return engine.run("prune", engine.prune)
+    if name == "follow":
+        return follow(config, options.seconds)
+    if name == "watch":
+        return _watch(config, engine, settle=options.settle)
+    rollouts = Rollouts(engine)
     if name == "swap":
-        return engine.run("swap", lambda: engine.swap(options.to, dry_run=options.dry_run), dry_run=options.dry_run)
-    dry = options.dry_run
-    return engine.run("rollback", lambda: engine.rollback(dry_run=dry), dry_run=dry)
+        return _swap(config, engine, options)
+    if name == "rollback":
+        dry = options.dry_run
+        return engine.run("rollback", lambda: rollouts.rollback(options.to, dry_run=dry), dry_run=dry)
+    commands = {
+        "pause": lambda: rollouts.order("pause"),
+        "resume": lambda: rollouts.order("resume"),
+        "promote": lambda: rollouts.order("promote"),
+        "abort": rollouts.abort,
+        "split": lambda: rollouts.split(options.percent),
+        "shadow": lambda: rollouts.shadow(options.percent),
+        "maintenance": lambda: rollouts.maintenance(options.state == "on"),
+    }
+    return engine.run(name, lambda: engine.whole(commands[name]))
+
+
+def _swap(config: configuration.Config, engine: Engine, options: argparse.Namespace) -> Result:
+    dry, rollouts = options.dry_run, Rollouts(engine)
+    if options.strategy == "at-once":
+        if options.steps or options.detach:
+            raise UsageError("--steps and --detach belong to --strategy canary")
+        result = engine.run("swap", lambda: rollouts.swap(options.to, dry_run=dry), dry_run=dry)
+        return _drained(config, engine, result) if result.ok and result.changed else result
+    begun = engine.run("canary", lambda: rollouts.canary(options.to, options.steps, dry_run=dry), dry_run=dry)
+    if not begun.changed or options.detach:
+        return begun
+    progress(begun.message)
+    return follow(config, None)
+
+
+def _drained(config: configuration.Config, engine: Engine, result: Result) -> Result:
+    """Wait for what the old colour still has to answer; without the lock, so that a rollback needn't wait."""
+    old = engine.colour(config.other(result.details["live"]))
+    try:
+        drained = drain(old, config.drain_seconds, progress, lambda: None)
+    except KeyboardInterrupt:
+        result.message += f"; {old.name} wasn't waited for"
+        return result
+    result.details["drained"] = {"left": drained.left, "seconds": drained.seconds}
+    if drained.left:
+        result.message += f"; {drained.left} requests are still in progress on {old.name} after {drained.seconds:g} s"
+    return result
+
+
+def _watch(config: configuration.Config, engine: Engine, *, settle: bool) -> Result:
+    if not settle:
+        return Watch(config, engine.who).run()
+    if host.shutting_down():
+        return Result("the host shuts down; a rollout goes on after the boot")
+    ended = os.environ.get("SERVICE_RESULT")
+    if ended == "success" and plan.under_way(config.rollout_file, engine.routing.read()):
+        # A rollout that began while the last one's watch was just about to end.
+        answer = host.run(["systemctl", "start", "--no-block", config.rollout_unit])
+        if answer.returncode == 0:
+            return Result("the next rollout is under way", changed=True)
+    why = f"its watch ended ({ended})" if ended else "its watch is gone"
+    engine.lock_wait = max(engine.lock_wait, 60.0)
+    if plan.under_way(config.rollout_file, engine.routing.read()) is None:
+        return Result("no rollout is under way")
+    return engine.run("rollback", lambda: Rollouts(engine).settle(why))
+
+
+def _short(text: str | None) -> str | None:
+    return tidy(text, 500) if text else None
+
+
+def _unlock(config: configuration.Config, engine: Engine, *, force: bool) -> Result:
+    if os.geteuid() != 0:
+        raise NeedsRoot("'appliance unlock' needs root: run with sudo")
+    message = break_stale(config.lock_file, force=force)
+    engine.lock_wait = max(engine.lock_wait, 10.0)
+    return engine.run("unlock", lambda: Result(message))
 
 
 def default_who() -> str:
@@ -204,6 +364,16 @@ def _seconds(text: str) -> float:
     if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError("must be from 0 to 86400 seconds")
     return value
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        steps = ()
+    if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1 or steps[-1] != 100:
+        raise argparse.ArgumentTypeError("must be rising percentages that end with 100, such as 5,50,100")
+    return steps
 
 
 def _count(text: str) -> int:

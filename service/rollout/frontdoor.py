@@ -54,12 +54,21 @@ class FrontDoor:
             context.verify_mode = ssl.CERT_NONE
         return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=context)
 
-    def _ask(self, connection: http.client.HTTPConnection, body: bytes, request_id: str) -> Answer:
-        headers = {"Content-Type": "application/json", "X-Request-ID": request_id}
+    def _ask(self, connection: http.client.HTTPConnection, body: bytes, request_id: str, track: str = "live") -> Answer:
+        # A track that is asked for is served whatever the split is, and in maintenance.
+        headers = {"Content-Type": "application/json", "X-Request-ID": request_id, "X-Model-Track": track}
         try:
             return exchange(connection, "POST", f"{self._parts.path}/predict", body, headers, timeout=self._timeout)
         except PermissionError as error:
             raise ExchangeError(str(error)) from None
+
+    def send(self, body: bytes, request_id: str, track: str) -> Answer:
+        """One request on a fresh connection to the `live` or the `idle` colour. Raises ExchangeError."""
+        connection = self._connection()
+        try:
+            return self._ask(connection, body, request_id, track)
+        finally:
+            connection.close()
 
     def open_held(self, body: bytes) -> http.client.HTTPConnection:
         """Open a connection and use it once, as a client does that has been there since before the switch.

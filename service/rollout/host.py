@@ -90,6 +90,11 @@ def unit_enabled(unit: str) -> bool:
     return run(["systemctl", "is-enabled", unit]).stdout.strip() == "enabled"
 
 
+def shutting_down() -> bool:
+    """Whether systemd is about to stop the host. Raises Failed."""
+    return run(["systemctl", "is-system-running"]).stdout.strip() == "stopping"
+
+
 def enable_unit(unit: str) -> None:
     """Make the unit start at boot. Raises Failed."""
     answer = run(["systemctl", "enable", unit])

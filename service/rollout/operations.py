@@ -6,14 +6,15 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rollout import audit, bundles, host
+from rollout import audit, bundles, gate, host, plan, prune, textfile
 from rollout.bundles import Example
 from rollout.colour import HEALTHY, Colour
 from rollout.config import Config
+from rollout.drain import drain
 from rollout.errors import (
     ApplianceError,
     Failed,
@@ -27,6 +28,7 @@ from rollout.errors import (
 )
 from rollout.frontdoor import FrontDoor, Verification
 from rollout.interrupts import Interrupts
+from rollout.judge import PASS, Check
 from rollout.lock import exclusive
 from rollout.releases import IMAGE, Release, Releases, settings_digest
 from rollout.report import Result, history_lines, progress, status_table
@@ -67,12 +69,21 @@ class Engine:
         live = state.live if state else None
         colours = {name: self.colour(name).describe() for name in self.config.colours}
         about = colours[live] if live else None
+        present = plan.under_way(self.config.rollout_file, state)
         if about is None:
             message = broken or "no colour is live: deploy a release and run 'appliance init COLOUR'"
         else:
             release = f"release {about['release']}" if about["release"] else "no release"
             reason = f" ({about['reason']})" if about["reason"] else ""
             message = f"{live} is live: {about['model']} {about['version']}, {release}, {about['status']}{reason}"
+        if present is not None:
+            message += f"; {present.describe()}"
+        elif state is not None and state.split:
+            message += f"; {self.config.other(state.live)} serves {state.split} % of users"
+        if state is not None and state.shadow:
+            message += f"; {state.shadow} % of requests are copied and compared"
+        if state is not None and state.maintenance:
+            message += "; IN MAINTENANCE: clients get 503"
         healthy = about is not None and about["status"] in HEALTHY
         table = status_table(colours, live)
         return Result(
@@ -85,6 +96,10 @@ class Engine:
                 "previous": state.previous if state else None,
                 "state": state.number if state else None,
                 "since": state.since if state else None,
+                "split": state.split if state else 0,
+                "shadow": state.shadow if state else 0,
+                "maintenance": state.maintenance if state else False,
+                "rollout": plan.as_details(present),
                 "colours": colours,
                 "table": table,
             },
@@ -111,7 +126,7 @@ class Engine:
             state = self.routing.read()
             if state is None:
                 raise NotHealthy("no colour is live: deploy a release and run 'appliance init COLOUR'")
-            release, examples = self._check(state.live, HEALTHY)
+            release, examples = self.check(state.live, HEALTHY)
             body = _request_body(examples)
             held = self.front_door.open_held(body)
             try:
@@ -123,7 +138,7 @@ class Engine:
         except ApplianceError as fault:
             raise NotHealthy(fault.message) from fault
         return Result(
-            f"{state.live} is live and well: {_title(release)}; {len(examples)} examples reproduce, "
+            f"{state.live} is live and well: {title_of(release)}; {len(examples)} examples reproduce, "
             f"{found.requests} requests through {self.config.front_door} verified",
             details={"live": state.live, "release": release.number, "requests": found.requests},
         )
@@ -137,8 +152,10 @@ class Engine:
 
     # The frame of every command that changes something.
 
-    def run(self, command: str, function: Callable[[], Result], *, dry_run: bool = False) -> Result:
-        """Run one changing command as root, under the lock, with its line in the audit log.
+    def run(
+        self, command: str, function: Callable[[], Result], *, dry_run: bool = False, quiet: bool = False
+    ) -> Result:
+        """Run one changing command as root, under the lock, with its line in the audit log unless `quiet`.
 
         A dry run takes no lock and leaves no line. Raises nothing foreseeable: faults become the Result.
         """
@@ -157,15 +174,25 @@ class Engine:
                     result = self._guard(function)
                     # What has happened is recorded while the lock is held, so that the log has the order of events.
                     self.interrupts.disarm()
-                    self._record(command, result, before, started)
+                    if not quiet:
+                        self._record(command, result, before, started)
+                        self.write_metrics()
                     return result
             except LockHeld as fault:
                 result = _as_result(fault)
             except Interrupted as signal:
                 result = _as_result(Failed(f"interrupted by {signal.signal_name}; nothing was changed"))
             self.interrupts.disarm()
-            self._record(command, result, self._live(), started)
+            if not quiet:
+                self._record(command, result, self._live(), started)
             return result
+
+    def whole(self, function: Callable[[], Result]) -> Result:
+        """Call `function` so that no signal breaks it off: what it does belongs together."""
+        with self.interrupts.hold():
+            result = function()
+            self.interrupts.disarm()
+        return result
 
     def _guard(self, function: Callable[[], Result]) -> Result:
         try:
@@ -197,6 +224,8 @@ class Engine:
             "live_after": self._live(),
             "state": details.get("state"),
             "release": details.get("release"),
+            "cause": details.get("cause"),
+            "switched_at": details.get("switched_at"),
             "durations": {"total_s": round(time.monotonic() - started, 3), "switch_ms": details.get("switch_ms")},
         }
         try:
@@ -207,10 +236,33 @@ class Engine:
             details["warning"] = f"no line was written to the audit log: {fault.message}"
             progress(details["warning"])
 
+    def write_metrics(self) -> None:
+        """Renew the metrics file, as far as that is possible."""
+        try:
+            textfile.write(
+                self.config.metrics_file,
+                self.config,
+                self.routing,
+                self.releases,
+                plan.with_checks(self.config.rollout_file, self.config.rollout_report_file),
+            )
+        except (OSError, ApplianceError) as error:
+            progress(f"the metrics weren't written: {error}")
+
     # deploy
 
-    def deploy(self, name: str, directory: Path, image: str, *, dry_run: bool = False) -> Result:
-        """Make a release of a bundle and an image and place it on a colour that isn't live."""
+    def deploy(
+        self,
+        name: str,
+        directory: Path,
+        image: str,
+        *,
+        origin: str | None = None,
+        revision: str | None = None,
+        gated: bool = True,
+        dry_run: bool = False,
+    ) -> Result:
+        """Make a release of a bundle and an image, place it on a colour that isn't live, and put load on it."""
         colour = self.colour(name)
         if not IMAGE.fullmatch(image):
             raise UsageError(f"{image!r} isn't the name of an image")
@@ -230,7 +282,22 @@ class Engine:
                 title += f" with the changed settings in {self.releases.settings_path}"
             return self._deploy_on_live(name, placed, same, title, details)
         if same and placed and self._is_well(colour, placed, examples):
-            return Result(f"{name} holds {_title(placed)} already and is ready", outcome="nothing", details=details)
+            return Result(f"{name} holds {title_of(placed)} already and is ready", outcome="nothing", details=details)
+        present = plan.under_way(self.config.rollout_file, state)
+        if present is not None:
+            return Result(
+                f"{title} isn't placed: a rollout is under way, {present.describe()}; run this again when that is over "
+                f"('appliance promote' or 'appliance abort' ends it)",
+                outcome="nothing",
+                details=details | {"pending": True},
+            )
+        if state is not None and state.split:
+            return Result(
+                f"{title} isn't placed: {name} serves {state.split} % of users; 'appliance split 0' ends that; "
+                f"then run this again",
+                outcome="nothing",
+                details=details | {"pending": True},
+            )
         if dry_run:
             number = self.releases.next_number()
             return Result(
@@ -251,14 +318,24 @@ class Engine:
                 who=self.who,
                 when=now(),
                 reason=self.reason,
+                origin=origin,
+                revision=revision,
             )
         )
         details["release"] = release.number
-        progress(f"placing {_title(release)} on {name}")
+        progress(f"placing {title_of(release)} on {name}")
         try:
+            if placed is not None:
+                self._drain(colour)
             self.releases.place(name, release, settings)
             health = colour.restart_and_wait(release, self.config.ready_timeout_seconds, progress)
             colour.run_examples(examples, health)
+            passed = [asdict(Check("examples", PASS, f"{len(examples)} examples reproduce on each worker"))]
+            self.releases.add_checks(release.number, "deploy", passed)
+            # Where nobody is live yet, nobody could get worse answers than before.
+            tested = gated and state is not None and self.config.gate.enabled
+            if tested:
+                self._pass_gate(release)
             if not host.unit_enabled(colour.unit):
                 host.enable_unit(colour.unit)
             self.interrupts.disarm()
@@ -269,18 +346,51 @@ class Engine:
             restored = self._restore(colour, earlier, placed, wait=not isinstance(fault, Interrupted))
             if not isinstance(fault, ApplianceError | OSError | Interrupted):
                 raise
-            raise Failed(f"{_title(release)} can't be placed on {name}: {reason}; {restored}", **details) from fault
+            raise Failed(f"{title_of(release)} can't be placed on {name}: {reason}; {restored}", **details) from fault
+        pruned = self.prune()
+        if pruned.outcome != "nothing" or pruned.details["problems"]:
+            progress(pruned.message)
         return Result(
-            f"{name} holds {_title(release)}, ready; {len(examples)} examples reproduce. "
+            f"{name} holds {title_of(release)}, ready; {len(examples)} examples reproduce"
+            f"{', the load test is passed' if tested else ''}. "
             + ("'appliance swap' makes it live" if state else f"'appliance init {name}' makes it live"),
             changed=True,
             details=details,
         )
 
+    def _pass_gate(self, release: Release) -> None:
+        """Raise Refused where the load test of a release isn't passed."""
+        outcome = gate.run(self.config, release, f"{self.config.front_door}/test/predict")
+        self.releases.add_checks(release.number, "gate", outcome.criteria)
+        if not outcome.passed:
+            evaluation = self.config.releases_dir / str(release.number) / "load_test_evaluation.json"
+            raise Refused(f"it doesn't pass the load test: {'; '.join(outcome.reasons)} ({evaluation})")
+
+    def _drain(self, colour: Colour) -> None:
+        drained = drain(colour, self.config.drain_seconds, progress, lambda: None)
+        if drained.left:
+            progress(f"{drained.left} requests are still in progress on {colour.name} after {drained.seconds} s")
+
+    def prune(self) -> Result:
+        """Remove releases, bundles and images that nothing needs any more."""
+        present = plan.under_way(self.config.rollout_file, self.routing.read())
+        named = {present.source_release, present.target_release} if present else set()
+        pruned = prune.prune(
+            self.config, self.releases, self.routing, self.config.keep_releases, {n for n in named if n}
+        )
+        problems = f"; {'; '.join(pruned.problems)}" if pruned.problems else ""
+        removed = bool(pruned.releases or pruned.bundles or pruned.images)
+        return Result(
+            pruned.describe() + problems,
+            changed=removed,
+            outcome="done" if removed else "nothing",
+            details=asdict(pruned),
+        )
+
     def _deploy_on_live(
         self, name: str, placed: Release | None, same: bool, title: str, details: dict[str, Any]
     ) -> Result:
-        holds = _title(placed) if placed else "its release"
+        holds = title_of(placed) if placed else "its release"
         if same:
             return Result(f"{name} is live and holds {holds} already", outcome="nothing", details=details)
         return Result(
@@ -304,7 +414,7 @@ class Engine:
             colour.check(placed, examples, ("ready",))
             return host.unit_enabled(colour.unit)
         except Refused as fault:
-            progress(f"{colour.name} holds {_title(placed)} already, but: {fault.message}")
+            progress(f"{colour.name} holds {title_of(placed)} already, but: {fault.message}")
             return False
 
     def _restore(self, colour: Colour, earlier: bytes | None, placed: Release | None, wait: bool) -> str:
@@ -319,10 +429,10 @@ class Engine:
             self.releases.put_back(colour.name, earlier)
             if placed is None or not wait:
                 complaint = host.restart_unit(colour.unit, timeout)
-                title = _title(placed) if placed else "the earlier env file"
+                title = title_of(placed) if placed else "the earlier env file"
                 return f"{title} was put back" + (f", but doesn't start: {complaint}" if complaint else " and started")
             colour.restart_and_wait(placed, timeout, progress)
-            return f"{_title(placed)} was put back and is ready"
+            return f"{title_of(placed)} was put back and is ready"
         except ApplianceError as fault:
             return f"putting the earlier release back failed too: {fault.message}"
         except OSError as error:
@@ -341,8 +451,8 @@ class Engine:
                 outcome="nothing",
                 details={"live": state.live, "state": state.number},
             )
-        release, examples = self._check(name, ("ready",))
-        return self._switch("init", name, release, examples, None)
+        release, examples = self.check(name, ("ready",))
+        return self.switch("init", name, release, examples, None)
 
     def swap(self, to: str | None = None, *, dry_run: bool = False) -> Result:
         """Check the idle colour, make it live, verify through the front door; switch back where that fails."""
@@ -358,16 +468,16 @@ class Engine:
                 outcome="nothing",
                 details={"live": target, "state": state.number},
             )
-        release, examples = self._check(target, ("ready",))
+        release, examples = self.check(target, ("ready",))
         if dry_run:
             return self._would_switch(target, release, examples, state)
-        return self._switch("swap", target, release, examples, state)
+        return self.switch("swap", target, release, examples, state)
 
     def _would_switch(self, target: str, release: Release, examples: list[Example], state: State) -> Result:
         """What a dry run of a switch answers, once all checks have passed."""
         self.front_door.open_held(_request_body(examples)).close()
         return Result(
-            f"would make {target} live: {_title(release)}, ready, {len(examples)} examples reproduce",
+            f"would make {target} live: {title_of(release)}, ready, {len(examples)} examples reproduce",
             details={"live": state.live, "state": state.number, "release": release.number, "would_change": True},
         )
 
@@ -387,21 +497,21 @@ class Engine:
                 f"or swap if you want what it holds"
             )
         try:
-            release, examples = self._check(target, HEALTHY)
+            release, examples = self.check(target, HEALTHY)
         except Refused as fault:
             raise Refused(f"can't roll back to {target}: {fault.message}") from fault
         if dry_run:
             return self._would_switch(target, release, examples, state)
-        return self._switch("rollback", target, release, examples, state)
+        return self.switch("rollback", target, release, examples, state)
 
-    def _check(self, name: str, accept: tuple[str, ...]) -> tuple[Release, list[Example]]:
+    def check(self, name: str, accept: tuple[str, ...]) -> tuple[Release, list[Example]]:
         """All that must be true of a colour before it becomes live. Raises ApplianceError."""
         colour = self.colour(name)
         number = self.releases.placed(name)
         if number is None:
             raise Refused(f"{name} is empty: deploy a release to it first")
         release = self.releases.get(number)
-        progress(f"checking {name}: {_title(release)}")
+        progress(f"checking {name}: {title_of(release)}")
         directory = Path(release.bundle)
         examples = bundles.load_examples(directory, release.bundle_digest)
         colour.check(release, examples, accept)
@@ -414,14 +524,14 @@ class Engine:
             ) from None
         return release, examples
 
-    def _switch(
+    def switch(
         self, command: str, target: str, release: Release, examples: list[Example], state: State | None
     ) -> Result:
         """Make `target` live and verify it; `state` is the present state. Raises Failed after switching back."""
         started = time.monotonic()
         body = _request_body(examples)
         held = self.front_door.open_held(body)
-        numbers = {name: self._number(name) for name in self.config.colours}
+        numbers = {name: self.number_on(name) for name in self.config.colours}
         wanted = State(
             live=target,
             since=now(),
@@ -431,6 +541,7 @@ class Engine:
             previous=state.live if state else None,
             previous_release=numbers[state.live] if state else None,
             releases=numbers,
+            maintenance=state.maintenance if state else False,
         )
         # Signals wait from here to the verdict and are looked at between two requests, so that no switch is left
         # neither verified nor undone.
@@ -457,7 +568,7 @@ class Engine:
     ) -> Result:
         what = "rolled back: " if command == "rollback" else ""
         return Result(
-            f"{what}{state.live} is live: {_title(release)}; first answer {found.first_ms:g} ms after the switch, "
+            f"{what}{state.live} is live: {title_of(release)}; first answer {found.first_ms:g} ms after the switch, "
             f"{found.requests} requests verified, {seconds:.2f} s altogether",
             changed=True,
             details={
@@ -481,7 +592,8 @@ class Engine:
                 raise Failed(f"no switch: {reason}; production is as it was") from fault
             return
         progress(f"failed: {reason}; switching back")
-        details: dict[str, Any] = {"live": state.live if state else None}
+        cause = "interrupted" if isinstance(fault, Interrupted) else "verification"
+        details: dict[str, Any] = {"live": state.live if state else None, "cause": cause}
         try:
             if state is None:
                 self.routing.clear()
@@ -512,7 +624,17 @@ class Engine:
             self.routing.point_to(state.number)
             return state.number
 
-    def _number(self, name: str) -> int | None:
+    def answers_wrongly(self, name: str) -> str | None:
+        """What is wrong with one answer of a colour that is to be live, as a client gets it, or None."""
+        try:
+            release = self.releases.get(self.releases.placed(name) or 0)
+            examples = bundles.load_examples(Path(release.bundle), release.bundle_digest)
+        except ApplianceError as fault:
+            return fault.message
+        return self.front_door.answers_as(name, _request_body(examples))
+
+    def number_on(self, name: str) -> int | None:
+        """The number of the release that a colour holds, or None."""
         placed = self._placed(name)
         return placed.number if placed else None
 
@@ -523,7 +645,7 @@ class Engine:
             progress(f"old routing states weren't removed: {error}")
 
 
-def _title(release: Release) -> str:
+def title_of(release: Release) -> str:
     return f"{release.name} {release.version}, release {release.number}"
 
 

@@ -8,9 +8,11 @@ import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rollout import files
 from rollout.errors import Failed
+from rollout.text import now
 
 IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}")
 _NUMBER = re.compile(r"[1-9][0-9]*")
@@ -33,6 +35,10 @@ class Release:
     number: int = 0
     settings_digest: str | None = None
     """`sha256:` and the SHA-256 of its settings; None where there were none, or the record is older than this field."""
+    origin: str | None = None
+    """Where the bundle was delivered from."""
+    revision: str | None = None
+    """The revision of the sources there."""
 
 
 class Releases:
@@ -61,6 +67,16 @@ class Releases:
         files.fsync_directory(self.directory)
         return release
 
+    def add_checks(self, number: int, stage: str, checks: list[dict[str, Any]]) -> None:
+        """Add what was found out about a release to `checks.json` beside its record. Raises OSError."""
+        path = self.directory / str(number) / "checks.json"
+        try:
+            entries = json.loads(path.read_bytes())["checks"]
+        except (OSError, ValueError, KeyError, TypeError):
+            entries = []
+        entries.append({"when": now(), "stage": stage, "checks": checks})
+        files.replace(path, json.dumps({"checks": entries}, indent=1).encode() + b"\n")
+
     def next_number(self) -> int:
         """The number that the next release gets. A number is never used twice while its record is kept."""
         try:
@@ -72,7 +88,7 @@ class Releases:
         """The record of release `number`. Raises Failed where it is missing or can't be used."""
         path = self.directory / str(number) / "release.json"
         try:
-            raw = {"settings_digest": None, **json.loads(path.read_bytes())}
+            raw = {"settings_digest": None, "origin": None, "revision": None, **json.loads(path.read_bytes())}
             return Release(**{key: raw[key] for key in Release.__dataclass_fields__})
         except OSError as error:
             raise Failed(f"release {number} has no record: {path}: {error.strerror}; deploy again") from None

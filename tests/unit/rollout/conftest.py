@@ -40,7 +40,7 @@ class Box:
             directory.mkdir(parents=True)
         self.routing = self.state_dir / "routing"
         self.host = FakeHost(root, self.config_dir, self.runtime_dir)
-        self.door = FakeFrontDoor(self.routing, self.host)
+        self.door = FakeFrontDoor(root, self.routing, self.host)
         self.config = self.config_dir / "appliance.json"
         self.settings = {
             "colours": list(COLOURS),
@@ -53,6 +53,10 @@ class Box:
             "ready_timeout_seconds": 1.5,
             "verify_requests": 3,
             "request_timeout_seconds": 2,
+            "access_log": str(self.door.access_log),
+            "bake_seconds": 0,
+            "gate": {"enabled": False},
+            "metrics_file": str(root / "appliance.prom"),
         }
         self.configure()
         self.capsys = None

@@ -8,6 +8,7 @@ process. A started unit becomes a `FakeColour`, which serves HTTP on Unix socket
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import http.server
 import itertools
@@ -52,6 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.owner.answer(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
     def send(self, status, about, headers=None):
+        self.sent = status
         body = about if isinstance(about, bytes) else json.dumps(about).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -92,6 +94,7 @@ class FakeColour:
         self.factor = float((bundle / "weights.pth").read_text())
         self.status = "starting" if "hang" in faults else "ready"
         self.workers = 2
+        self.asked = 0
         self.servers = []
         for name in ["control.sock", *(f"worker-{i}.sock" for i in range(self.workers))]:
             path = directory / name
@@ -112,8 +115,11 @@ class FakeColour:
         }
 
     def predict(self, body):
-        if "predict-500" in self.faults:
+        self.asked += 1
+        if "predict-500" in self.faults or ("some-500" in self.faults and self.asked > 30 and self.asked % 5 == 0):
             return 500, {"error": "boom"}
+        if "slow" in self.faults and self.asked > 30:
+            time.sleep(0.03)
         data = json.loads(body)["data"]
         return 200, {"output": round(sum(data) * self.factor, 6) + (1 if "wrong" in self.faults else 0)}
 
@@ -143,12 +149,15 @@ class FakeFrontDoor:
     """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour.
 
     `sheds` holds what the next answers of the live colour have instead of its own: (status, colour), oldest first.
+    A split is served by turns, and each prediction leaves its line in the access log.
     """
 
-    def __init__(self, routing: Path, host: FakeHost):
+    def __init__(self, root: Path, routing: Path, host: FakeHost):
         self.routing, self.host, self.faults, self.requests = routing, host, set(), []
         self.sheds, self._serial = [], itertools.count()
         self.slow = 0.0
+        self.access_log = root / "access.log"
+        self.access_log.touch()
         self.server = serve(("127.0.0.1", 0), self)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -158,8 +167,32 @@ class FakeFrontDoor:
                 return colour
         return None
 
+    def routed(self, headers):
+        """The colour for a request, as the edge decides."""
+        live = self.live()
+        track = headers["X-Model-Track"]
+        if track is None:
+            bucket = next(self._serial) * 37 % 100
+            track = "idle" if os.path.isfile(self.routing / "current/split" / str(bucket)) else "live"
+        return {"blue": "green", "green": "blue"}.get(live) if track == "idle" else live
+
     def answer(self, handler, body):
-        colour = self.live()
+        started = time.monotonic()
+        self._answer(handler, body)
+        line = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "method": handler.command,
+            "status": handler.sent,
+            "request_id": handler.headers["X-Request-ID"],
+            "routed": handler.routed,
+            "request_seconds": round(time.monotonic() - started, 3),
+            "upstream_seconds": f"{time.monotonic() - started:.3f}",
+        }
+        with self.access_log.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def _answer(self, handler, body):
+        colour = handler.routed = self.routed(handler.headers)
         if "sticky" in self.faults:
             colour = handler.__dict__.setdefault("first_colour", colour)
         # Not its id(): that of a connection that has ended may be used again.
@@ -188,12 +221,14 @@ class FakeHost:
         self.config_dir, self.runtime_dir = config_dir, runtime_dir
         self.images = {"appliance/model:1": "sha256:" + "1" * 64, "appliance/model:2": "sha256:" + "2" * 64}
         self.faults: dict[str, set[str]] = {}
-        """By bundle version: reject, crash, exit, hang, wrong, predict-500, refuse-start, stale, drip."""
+        """By bundle version: reject, crash, exit, hang, wrong, predict-500, refuse-start, stale, drip; and, from the
+        31st prediction on, some-500 (every fifth), slow (30 ms)."""
         self.running: dict[str, FakeColour] = {}
         self.units = {c: self._unit("inactive") for c in COLOURS}
         self.enabled: set[str] = set()
         self.journal: dict[str, str] = {}
         self.docker_down = False
+        self.start_watch = (0, "", "")
         self.calls: list[list[str]] = []
         self._starts = 0
         self._path = str(root / "host.sock")
@@ -255,6 +290,8 @@ class FakeHost:
         if command[0] == "journalctl":
             colour = command[1].partition("@")[2].partition(".")[0]
             return 0, self.journal.get(colour, ""), ""
+        if command[1] == "start":
+            return self.start_watch
         verb, colour = command[1], command[-1].partition("@")[2].partition(".")[0]
         if verb == "show":
             return 0, "".join(f"{k}={v}\n" for k, v in self.units[colour].items()), ""

@@ -2,43 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+from power_cuts import DIED, in_child, record
+from rollout import plan
+from rollout.rollouts import Rollouts
 from rollout.routing import Routing, State
-
-CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "symlink", "unlink", "rmdir")
-DIED = 77
-
-
-def _in_child(function, die_at, before):
-    """Run `function` in a child that ends at its `die_at`-th call, before or after it. Returns the exit status."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    count = 0
-
-    def wrap(real):
-        def call(*arguments, **options):
-            nonlocal count
-            count += 1
-            if before and count == die_at:
-                os._exit(DIED)
-            result = real(*arguments, **options)
-            if count == die_at:
-                os._exit(DIED)
-            return result
-
-        return call
-
-    status = 1
-    try:
-        for name in CALLS:
-            setattr(os, name, wrap(getattr(os, name)))
-        function()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def _state(live, previous=None):
@@ -53,7 +21,7 @@ def test_a_crash_at_any_call_leaves_the_old_or_the_new_state(tmp_path, before, f
         if not first:
             routing.switch(_state("blue"))
         old = routing.read()
-        status = _in_child(lambda r=routing: r.switch(_state("green", "blue")), die_at, before)
+        status = in_child(lambda r=routing: r.switch(_state("green", "blue")), die_at, before)
         present = routing.read()
         assert present == old or (present.live, present.previous) == ("green", "blue"), die_at
         for directory in routing.states.glob("[0-9]*"):
@@ -78,17 +46,7 @@ def test_everything_is_durable_before_it_is_named(tmp_path, monkeypatch):
     """A power cut loses what wasn't fsynced: each rename must come after the fsync of all that it names."""
     routing = Routing(tmp_path / "routing", ("blue", "green"))
     routing.switch(_state("blue"))
-    log, paths = [], {}
-    real_open, real_fsync, real_rename = os.open, os.fsync, os.rename
-
-    def opened(path, *rest, **options):
-        descriptor = real_open(path, *rest, **options)
-        paths[descriptor] = str(path)
-        return descriptor
-
-    monkeypatch.setattr(os, "open", opened)
-    monkeypatch.setattr(os, "fsync", lambda d: (log.append(("fsync", paths[d])), real_fsync(d)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (log.append(("rename", str(b))), real_rename(a, b)))
+    log = record(monkeypatch)
     routing.switch(_state("green"))
     new, states, top = str(routing.states / ".new-2"), str(routing.states), str(routing.directory)
     steps = [
@@ -110,7 +68,7 @@ def test_a_crash_at_any_call_of_a_whole_swap(box):
         # Every third call keeps the test short; the routing itself is tested at every call above.
         die_at += 3
         old = box.state
-        status = _in_child(lambda t=target: box.engine().run("swap", lambda: box.engine().swap(t)), die_at, True)
+        status = in_child(lambda t=target: box.engine().run("swap", lambda: box.engine().swap(t)), die_at, True)
         present = box.state
         assert present == old or (present.live, present.number) == (target, old.number + 1), die_at
         assert box.run("swap", "--to", target).status == 0, die_at
@@ -134,3 +92,56 @@ def test_leftovers_are_removed(box):
     assert sorted(p.name for p in (box.routing / "states").iterdir()) == ["1", "2"]
     assert sorted(p.name for p in box.routing.iterdir()) == ["current", "states"]
     assert box.state.live == "green"
+
+
+ROLLOUT = {"canary_step_seconds": 60, "bake_seconds": 60}
+
+
+def _begin(box):
+    engine = box.engine()
+    return engine.run("canary", lambda: Rollouts(engine).canary(None))
+
+
+def _go_on(box):
+    engine = box.engine()
+    return engine.run("canary", lambda: Rollouts(engine).advance(plan.read(engine.config.rollout_file).number))
+
+
+def _promote(box):
+    box.run("promote")
+    return _go_on(box)
+
+
+def _swap(box):
+    engine = box.engine()
+    return engine.run("swap", lambda: Rollouts(engine).swap())
+
+
+def _abort(box):
+    engine = box.engine()
+    return engine.run("abort", Rollouts(engine).abort)
+
+
+@pytest.mark.parametrize(
+    ("before", "what"),
+    [([], _begin), ([], _swap), ([_begin], _go_on), ([_begin], _promote), ([_begin], _abort), ([_swap], _abort)],
+    ids=["begin", "swap", "next step", "promote", "abort a canary", "abort a bake"],
+)
+def test_a_crash_at_any_call_of_a_rollout_is_settled(box, before, what):
+    box.live_on_blue()
+    box.configure(**ROLLOUT)
+    die_at = 0
+    while True:
+        # Every fifth call keeps the test short; the routing itself is tested at every call.
+        die_at += 5
+        for step in before:
+            assert step(box).ok
+        status = in_child(lambda: what(box), die_at, True)
+        assert status in (0, DIED)
+        settled = box.run("watch", "--settle")
+        assert settled.status == 0, (die_at, settled.message)
+        assert (box.state.live, box.state.split) == ("blue", 0), die_at
+        assert Rollouts(box.engine()).under_way() is None, die_at
+        if status == 0:
+            assert die_at > 20
+            return

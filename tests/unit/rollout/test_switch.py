@@ -392,7 +392,7 @@ def test_the_lock(box):
     before = box.state.number
     first = box.popen("swap", "--who", "carol")
     wait_for(lambda: (box.root / "lock").read_text().strip())
-    second = box.run("rollback")
+    second = box.run("rollback", "--lock-wait", "0")
     assert (second.status, second.json["ok"]) == (4, False)
     assert f"carol (pid {first.pid}) runs 'appliance swap' since 2" in second.message
     assert box.audit()[-1]["outcome"] == "refused"

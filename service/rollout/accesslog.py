@@ -1,0 +1,190 @@
+"""nginx's access log as it grows: what clients got, by the colour that nginx had chosen."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rollout.judge import Window
+
+ENGINE = "appliance-"
+"""How the ids of the engine's own requests begin; `mark` begins with it."""
+_CLIENT_GONE = 499
+# A client that went away after this time gave up: no colour may hang unseen because nobody waits for it.
+_GIVEN_UP_SECONDS = 5.0
+# More say nothing new about a second.
+_MOST_TIMES = 500
+_MOST_BYTES_PER_READ = 64 * 1024 * 1024
+_MOST_BYTES_BACK = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A prediction that was answered; `seconds` is the time that the colour took."""
+
+    time: str
+    request_id: str
+    colour: str
+    status: int
+    seconds: float
+
+
+@dataclass
+class _Second:
+    """What was read at one time, by colour: the requests of clients, and those that the engine sent itself."""
+
+    at: float
+    clients: dict[str, Window] = field(default_factory=dict)
+    own: dict[str, Window] = field(default_factory=dict)
+
+
+class AccessLog:
+    """The requests of the last `keep_seconds`, for each colour, of which those whose id begins with `mark` are our own.
+
+    Times are those of the reading, since the clock of the log may jump.
+    """
+
+    def __init__(self, path: Path, mark: str, keep_seconds: float) -> None:
+        self._path = path
+        self._mark = mark
+        self._keep = keep_seconds
+        self._seconds: deque[_Second] = deque()
+        self._rest = b""
+        self._stream = self._open()
+        if self._stream is not None:
+            self._stream.seek(0, os.SEEK_END)
+
+    def _open(self):
+        self._rest = b""
+        try:
+            return self._path.open("rb", buffering=0)
+        except OSError:
+            # Rotation renames the file before nginx makes a new one.
+            return None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def read(self) -> None:
+        """Take in what was written since the last time. Raises OSError."""
+        second = _Second(time.monotonic())
+        if self._stream is None:
+            self._stream = self._open()
+        if self._stream is not None:
+            if os.fstat(self._stream.fileno()).st_size < self._stream.tell():
+                self._stream.seek(0)
+            rotated = self._rotated()
+            self._take(second)
+            if rotated:
+                self._stream.close()
+                self._stream = self._open()
+                self._take(second)
+        self._seconds.append(second)
+        while self._seconds[0].at < second.at - self._keep:
+            self._seconds.popleft()
+
+    def _rotated(self) -> bool:
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self._stream.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def _take(self, second: _Second) -> None:
+        if self._stream is None:
+            return
+        *lines, self._rest = (self._rest + self._stream.read(_MOST_BYTES_PER_READ)).split(b"\n")
+        for line in lines:
+            request = _parse(line)
+            if request is not None:
+                mine = request.request_id.startswith(self._mark)
+                if mine or not request.request_id.startswith(ENGINE):
+                    windows = second.own if mine else second.clients
+                    _add(windows.setdefault(request.colour, Window()), request)
+
+    def clients(self, colour: str, since: float) -> Window:
+        """What clients got from `colour` since the monotonic time `since` in seconds."""
+        return _sum(second.clients.get(colour) for second in self._seconds if second.at >= since)
+
+    def own(self, colour: str, since: float) -> Window:
+        """What the engine's own requests got from `colour` since the monotonic time `since` in seconds."""
+        return _sum(second.own.get(colour) for second in self._seconds if second.at >= since)
+
+
+def before(path: Path, colour: str, seconds: float) -> Window:
+    """What was answered by `colour` within the last `seconds`, from what the log holds already."""
+    window = Window()
+    earliest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _MOST_BYTES_BACK))
+            lines = stream.read(_MOST_BYTES_BACK).split(b"\n")
+    except OSError:
+        return window
+    for line in lines:
+        request = _parse(line)
+        mine = request is not None and request.request_id.startswith(ENGINE)
+        if request is not None and not mine and request.colour == colour and _moment(request.time) >= earliest:
+            _add(window, request)
+    return window
+
+
+def _parse(line: bytes) -> _Request | None:
+    """A prediction, or None for anything else, a torn line included."""
+    try:
+        entry = json.loads(line)
+        if entry["method"] != "POST":
+            return None
+        # nginx gives one time for each worker that it tried. The whole request's time would count a slow client, too.
+        tried = [float(part) for part in entry["upstream_seconds"].replace(":", ",").split(",") if part.strip(" -")]
+        seconds = sum(tried) if tried else float(entry["request_seconds"])
+        status = int(entry["status"])
+        if status == 503 and not tried:
+            # nginx's own, in maintenance: no colour was asked.
+            return None
+        if status == _CLIENT_GONE:
+            if seconds < _GIVEN_UP_SECONDS:
+                return None
+            status = 504
+        return _Request(entry["time"], entry["request_id"], entry["routed"], status, seconds)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _moment(text: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.datetime.min.replace(tzinfo=datetime.UTC)
+
+
+def _add(window: Window, request: _Request) -> None:
+    window.requests += 1
+    if request.status >= 500:
+        window.errors += 1
+    elif request.status < 400:
+        if len(window.seconds) < _MOST_TIMES:
+            window.seconds.append(request.seconds)
+        else:
+            # A fair sample of all, however many come.
+            place = random.randrange(window.requests)
+            if place < _MOST_TIMES:
+                window.seconds[place] = request.seconds
+
+
+def _sum(windows: Iterable[Window | None]) -> Window:
+    total = Window()
+    for window in windows:
+        if window is not None:
+            total.requests += window.requests
+            total.errors += window.errors
+            total.seconds += window.seconds
+    return total

@@ -1,0 +1,138 @@
+"""Whether the new colour does as well as the old one: three verdicts, of which "no data" is neither pass nor fail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rollout.config import Config
+
+PASS, FAIL, NO_DATA = "pass", "fail", "no data"
+# One-sided 99 %: a single failed request in a small window condemns nobody.
+_Z = 2.33
+# A quantile is only as good as the number of requests beyond it.
+_MIN_BEYOND = 5
+
+
+@dataclass
+class Window:
+    """The requests of one colour that count: how many, how many failed, and how long the good ones took in seconds."""
+
+    requests: int = 0
+    errors: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def error_share(self) -> float:
+        return self.errors / self.requests if self.requests else 0.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `value` is the new colour's, `limit` what it may reach at most."""
+
+    name: str
+    verdict: str
+    text: str
+    value: float | None = None
+    limit: float | None = None
+
+
+def verdict_of(checks: Sequence[Check]) -> str:
+    """Fail where any check fails, else no data where any has none, else pass."""
+    verdicts = {check.verdict for check in checks}
+    return FAIL if FAIL in verdicts else NO_DATA if NO_DATA in verdicts or not verdicts else PASS
+
+
+def shadow(agree: int, differ: int, config: Config) -> Check:
+    """Judge how often both colours answered the same request differently."""
+    compared = agree + differ
+    if compared < config.shadow_min_compared:
+        return Check(
+            "shadow", NO_DATA, f"{compared} requests compared of the {config.shadow_min_compared} that say something"
+        )
+    share, limit = differ / compared, config.shadow_max_difference_share
+    return Check(
+        "shadow",
+        FAIL if share > limit else PASS,
+        f"{differ} of {compared} requests answered differently ({share:.1%}, at most {limit:.1%})",
+        share,
+        limit,
+    )
+
+
+def errors(new: Window, old: Window, config: Config, least: int) -> Check:
+    """Judge the share of failed requests against the other colour's of the same time, and against an absolute limit.
+
+    Fewer than `least` requests say nothing.
+    """
+    if new.requests < least:
+        return Check("errors", NO_DATA, f"{new.requests} requests of the {least} that say something")
+    limit = config.judge_max_error_share
+    # Where both fail, it is something that they share.
+    if old.requests >= config.judge_min_requests:
+        limit = max(limit, config.judge_max_error_ratio * old.error_share)
+    failed = _at_least(new.errors, new.requests) > limit
+    return Check(
+        "errors",
+        FAIL if failed else PASS,
+        f"{new.errors} of {new.requests} requests failed ({new.error_share:.1%}, at most {limit:.1%})",
+        new.error_share,
+        limit,
+    )
+
+
+def latencies(new: Window, old: Window, config: Config) -> list[Check]:
+    """Judge the answering times, by quantiles, against the other colour's for the same kind of traffic."""
+    checks = []
+    for percent in (50, 95, 99):
+        name, share = f"p{percent}", percent / 100
+        least = max(config.judge_min_requests, math.ceil(_MIN_BEYOND / (1 - share)))
+        if len(new.seconds) < least:
+            # The median must be known; of so few requests there is no tail to speak of.
+            if percent == 50 and new.errors < new.requests:
+                checks.append(
+                    Check(name, NO_DATA, f"{len(new.seconds)} good answers of the {least} that say something")
+                )
+            continue
+        value = quantile(new.seconds, share - _doubt(share, len(new.seconds))) * 1000
+        limit = config.judge_max_p95_ms if percent == 95 else math.inf
+        if len(old.seconds) >= least:
+            reference = quantile(old.seconds, share + _doubt(share, len(old.seconds))) * 1000
+            limit = min(
+                limit,
+                max(
+                    config.judge_max_latency_ratio * reference,
+                    reference + config.judge_min_latency_difference_ms,
+                ),
+            )
+        elif percent == 50:
+            checks.append(Check(name, NO_DATA, f"{len(old.seconds)} good answers of the other colour to compare with"))
+            continue
+        if math.isfinite(limit):
+            verdict = FAIL if value > limit else PASS
+            checks.append(Check(name, verdict, f"at least {value:.3g} ms, at most {limit:.3g} ms", value, limit))
+    return checks
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that is at least as large as `share` of all. `values` must not be empty."""
+    ordered = sorted(values)
+    share = min(1.0, max(0.0, share))
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
+
+
+def _doubt(share: float, count: int) -> float:
+    """How far from its place among `count` values a quantile may lie, for all we know."""
+    return _Z * math.sqrt(share * (1 - share) / count)
+
+
+def _at_least(count: int, total: int) -> float:
+    """The lower end of Wilson's interval for a share: what it is at least, for all we know."""
+    share, z2 = count / total, _Z * _Z
+    middle = share + z2 / (2 * total)
+    half = _Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    return max(0.0, (middle - half) / (1 + z2 / total))

@@ -1,0 +1,105 @@
+"""`rollout.json`: the rollout under way, and how the last one ended. It changes under the lock only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout import files
+from rollout.routing import State
+
+CANARY, BAKE = "canary", "bake"
+UNDER_WAY = (CANARY, BAKE)
+DONE, ROLLED_BACK, ABORTED, SUPERSEDED = "done", "rolled_back", "aborted", "superseded"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rollout: from a colour and its release to the other.
+
+    `state` is the routing state that this plan made last, or is about to make after `before`: where the present one is
+    neither, somebody switched by hand and the plan is over. `first` is the state from before it all. `mark` begins the
+    ids of its own requests. `asked` is an order that `watch` hasn't carried out yet. Times are RFC 3339.
+    """
+
+    number: int
+    source: str
+    target: str
+    source_release: int | None
+    target_release: int
+    phase: str
+    first: int
+    before: int
+    state: int
+    mark: str
+    who: str
+    since: str
+    steps: tuple[int, ...] = ()
+    step: int = 0
+    paused: bool = False
+    asked: str | None = None
+    ended: str | None = None
+    reason: str | None = None
+
+    @property
+    def under_way(self) -> bool:
+        return self.phase in UNDER_WAY
+
+    @property
+    def percent(self) -> int:
+        """The share of users that the new colour has."""
+        if self.phase == CANARY:
+            return self.steps[self.step]
+        return 100 if self.phase in (BAKE, DONE) else 0
+
+    def describe(self) -> str:
+        """Where it stands, in words."""
+        if self.phase == CANARY:
+            paused = ", paused" if self.paused else ""
+            return f"canary: {self.target} (release {self.target_release}) serves {self.percent} % of users{paused}"
+        if self.phase == BAKE:
+            return f"bake: {self.target} (release {self.target_release}) is live and watched, {self.source} is ready"
+        reason = f": {self.reason}" if self.reason else ""
+        return f"{self.phase.replace('_', ' ')}{reason}"
+
+
+def read(path: Path) -> Plan | None:
+    """The plan, or None where there never was one or the file can't be used: then nothing is under way."""
+    try:
+        raw = json.loads(path.read_bytes())
+        known = {key: raw[key] for key in Plan.__dataclass_fields__ if key in raw}
+        return Plan(**{**known, "steps": tuple(raw.get("steps", ()))})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def under_way(path: Path, state: State | None) -> Plan | None:
+    """The plan, where it isn't over and the present routing state is one of its own."""
+    found = read(path)
+    mine = found is not None and state is not None and state.number in (found.before, found.state)
+    return found if found is not None and found.under_way and mine else None
+
+
+def write(path: Path, plan: Plan) -> None:
+    """Replace the plan durably. Raises OSError."""
+    files.replace(path, json.dumps(asdict(plan), indent=1).encode() + b"\n")
+
+
+def with_checks(path: Path, report: Path) -> dict[str, Any] | None:
+    """The plan with the `checks` of the watch's last look at it; None where there never was one."""
+    present = read(path)
+    if present is None:
+        return None
+    try:
+        about = json.loads(report.read_bytes())
+        checks = about["checks"] if about["rollout"] == present.number else []
+    except (OSError, ValueError, KeyError, TypeError):
+        checks = []
+    return {**asdict(present), "checks": checks}
+
+
+def as_details(plan: Plan | None) -> dict[str, Any] | None:
+    """The plan's entry in JSON answers."""
+    return None if plan is None else {**asdict(plan), "percent": plan.percent, "text": plan.describe()}

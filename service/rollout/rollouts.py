@@ -1,0 +1,382 @@
+"""Rollouts: a canary in steps, the bake after it, and the ways out. `watch` carries them out.
+
+Everything here runs under the lock, inside `Engine.run`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+
+from rollout import host, plan
+from rollout.colour import HEALTHY
+from rollout.errors import ApplianceError, Failed, Refused, UsageError
+from rollout.operations import Engine, title_of
+from rollout.plan import Plan
+from rollout.report import Result, progress
+from rollout.routing import State
+from rollout.text import now
+
+
+class Rollouts:
+    """The commands that concern a rollout. Each returns a Result, or raises ApplianceError or OSError."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.config = engine.config
+        self.routing = engine.routing
+
+    def under_way(self) -> tuple[Plan, State] | None:
+        """The rollout under way and the present routing state; None where there is none."""
+        state = self.routing.read()
+        found = plan.under_way(self.config.rollout_file, state)
+        return (found, state) if found is not None and state is not None else None
+
+    def _needed(self) -> tuple[Plan, State]:
+        found = self.under_way()
+        if found is None:
+            raise Refused("no rollout is under way: 'appliance status' tells what is live")
+        return found
+
+    def _write(self, changed: Plan) -> Plan:
+        plan.write(self.config.rollout_file, changed)
+        return changed
+
+    def end(self, ended: Plan, phase: str, reason: str | None = None) -> Plan:
+        """Record how a rollout ended."""
+        return self._write(replace(ended, phase=phase, reason=reason, ended=now(), asked=None, paused=False))
+
+    # Beginning
+
+    def canary(self, to: str | None, steps: tuple[int, ...] | None = None, *, dry_run: bool = False) -> Result:
+        """Give the idle colour its first share of users; `appliance watch` goes on from there."""
+        found = self.under_way()
+        if found:
+            raise Refused(_in_the_way(found[0]))
+        state = self.routing.read()
+        if state is None:
+            raise Refused(f"no colour is live: run 'appliance init {to or self.config.colours[0]}' first")
+        target = self.engine.colour(to or self.config.other(state.live)).name
+        if target == state.live:
+            return Result(f"{target} is live already", outcome="nothing", details={"live": target})
+        release, examples = self.engine.check(target, ("ready",))
+        steps = steps or self.config.canary_steps
+        fresh = self._plan(state, target, release.number, steps)
+        if dry_run:
+            shares = ", ".join(f"{step} %" for step in steps)
+            return Result(
+                f"would give {target} ({title_of(release)}) {shares} of users, "
+                f"{self.config.canary_step_seconds:g} s each, and watch it for {self.config.bake_seconds:g} s after",
+                details={"live": state.live, "would_change": True},
+            )
+        if steps[0] == 100:
+            return self.go_live("canary", fresh, state)
+        with self.engine.interrupts.hold():
+            written = self._write(replace(fresh, state=self._next_state()))
+            try:
+                self._start_watch()
+                self.set_split(written, state, steps[0], "canary")
+            except BaseException as fault:
+                self.end(replace(written, before=state.number, state=state.number), plan.ABORTED, str(fault))
+                raise
+            self.engine.interrupts.disarm()
+        return Result(
+            f"{target} ({title_of(release)}) serves {steps[0]} % of users; 'appliance follow' shows how it goes on, "
+            f"'appliance abort' sends everybody back to {state.live}",
+            changed=True,
+            details={"live": state.live, "release": release.number, "state": written.state, "rollout": written.number},
+        )
+
+    def _plan(self, state: State, target: str, target_release: int, steps: tuple[int, ...]) -> Plan:
+        last = plan.read(self.config.rollout_file)
+        return Plan(
+            number=last.number + 1 if last else 1,
+            source=state.live,
+            target=target,
+            source_release=self.engine.number_on(state.live),
+            target_release=target_release,
+            phase=plan.CANARY,
+            first=state.number,
+            before=state.number,
+            state=state.number,
+            mark=f"appliance-{secrets.token_hex(8)}-",
+            who=self.engine.who,
+            since=now(),
+            steps=steps,
+        )
+
+    def swap(self, to: str | None = None, *, dry_run: bool = False) -> Result:
+        """Make the idle colour live at once, and have it watched."""
+        found = self.under_way()
+        if found and found[0].phase == plan.CANARY:
+            raise Refused(_in_the_way(found[0]))
+        state = self.routing.read()
+        if dry_run or state is None or not self.config.bake_seconds:
+            return self.engine.swap(to, dry_run=dry_run)
+        target = self.engine.colour(to or self.config.other(state.live)).name
+        if target == state.live:
+            return self.engine.swap(to)
+        return self.go_live("swap", self._plan(state, target, self.engine.number_on(target) or 0, ()), state)
+
+    def _next_state(self) -> int:
+        self.routing.clean()
+        return self.routing.next_number()
+
+    def _start_watch(self) -> None:
+        # It waits for the lock before it looks at anything.
+        unit = self.config.rollout_unit
+        answer = host.run(["systemctl", "start", "--no-block", unit])
+        if answer.returncode != 0:
+            raise Failed(f"{unit} can't be started, so nobody would watch: {answer.stderr.strip()}; run site.yml again")
+
+    # Going on
+
+    def set_split(self, present: Plan, state: State, percent: int, command: str) -> State:
+        """Give the idle colour `percent` of the users, which `present` has on record already."""
+        wanted = replace(
+            state, split=percent, since=now(), who=self.engine.who, reason=self.engine.reason, command=command
+        )
+        try:
+            return self.routing.switch(wanted)[0]
+        except OSError:
+            self._write(replace(present, before=state.number, state=state.number))
+            raise
+
+    def go_live(self, command: str, present: Plan, state: State) -> Result:
+        """Make the plan's target live. The plan is on record before, so that a crash in between leaves it watched."""
+        release, examples = self.engine.check(present.target, ("ready",))
+        watched = replace(present, phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
+        self._write(watched)
+        try:
+            self._start_watch()
+            result = self.engine.switch(command, present.target, release, examples, state)
+        except BaseException as fault:
+            back = self.routing.read()
+            number = back.number if back else state.number
+            fallen = replace(present, before=number, state=number)
+            if present.state == present.before and not present.step:
+                self.end(fallen, plan.ABORTED, str(fault))
+            else:
+                self._write(fallen)
+            raise
+        if not self.config.bake_seconds:
+            self.end(watched, plan.DONE)
+            return result
+        result.message += (
+            f"; watched for {self.config.bake_seconds:g} s, in which a failure brings {present.source} back"
+        )
+        return result
+
+    def advance(self, number: int) -> Result:
+        """The next step of rollout `number`: a larger share, live, or done."""
+        present, state = self._needed()
+        if present.number != number:
+            raise Refused(f"rollout {number} isn't under way any more")
+        if present.phase == plan.BAKE:
+            self.end(present, plan.DONE)
+            return Result(
+                f"done: {present.target} (release {present.target_release}) stays live",
+                changed=True,
+                details={"live": present.target, "release": present.target_release, "state": state.number},
+            )
+        if present.paused:
+            return Result(present.describe(), outcome="nothing")
+        step = len(present.steps) - 1 if present.asked == "promote" else present.step + 1
+        percent = present.steps[step]
+        if percent == 100:
+            return self.go_live("promote", present, state)
+        moved = replace(present, step=step, before=state.number, state=self._next_state())
+        self.set_split(self._write(moved), state, percent, "canary")
+        return Result(
+            moved.describe(),
+            changed=True,
+            details={"live": state.live, "release": present.target_release, "state": moved.state},
+        )
+
+    def order(self, what: str) -> Result:
+        """Pause, resume or promote the rollout under way; `appliance watch` carries it out."""
+        present, state = self._needed()
+        details = {"live": state.live, "state": state.number, "release": present.target_release}
+        if what == "promote":
+            changed = replace(present, asked="promote", paused=False)
+        elif present.phase != plan.CANARY:
+            raise Refused(f"only a canary can be paused; {present.describe()}")
+        else:
+            changed = replace(present, paused=what == "pause")
+        if changed == present:
+            return Result(f"nothing to do; {present.describe()}", outcome="nothing", details=details)
+        self._write(changed)
+        # One that was killed between the plan and its watch has none.
+        self._start_watch()
+        return Result(f"{what} is on record; {changed.describe()}", changed=True, details=details)
+
+    # Back
+
+    def abort(self) -> Result:
+        """Send all traffic back to the colour that the rollout came from, by hand."""
+        present, _ = self._needed()
+        return self.give_back(present.number, plan.ABORTED, self.engine.reason or "by hand", "by hand")
+
+    def give_back(self, number: int, phase: str, reason: str, cause: str) -> Result:
+        """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back."""
+        present, state = self._needed()
+        if present.number != number:
+            raise Refused(f"rollout {number} isn't under way any more")
+        source = self.engine.colour(present.source)
+        stays = state.live == present.source
+        if not stays:
+            self._check_way_back(present, reason)
+        wanted = replace(
+            state,
+            live=present.source,
+            split=0,
+            since=now(),
+            who=self.engine.who,
+            reason=reason,
+            command="rollback",
+            previous=state.previous if stays else present.target,
+            previous_release=state.previous_release if stays else present.target_release,
+        )
+        number = state.number
+        if not stays or state.split:
+            try:
+                number = self.routing.switch(wanted)[0].number
+            except OSError:
+                # A full disk: the state from before it all is still there and complete.
+                self.routing.point_to(present.first)
+                number = present.first
+        ended = replace(present, before=number, state=number)
+        try:
+            ended = self.end(ended, phase, reason)
+        except OSError as error:
+            # Traffic is back, which is what counts.
+            ended = replace(ended, phase=phase, reason=f"{reason}; not recorded: {error.strerror}")
+        wrong = self.engine.answers_wrongly(source.name)
+        return Result(
+            f"{ended.describe()}; all traffic is back on {present.source}"
+            + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else ""),
+            changed=True,
+            details={"live": present.source, "state": number, "release": present.source_release, "cause": cause},
+        )
+
+    def _check_way_back(self, present: Plan, reason: str) -> None:
+        """Raise Failed where the old colour is worse off than the new one, and end the plan."""
+        problem = None
+        if self.engine.number_on(present.source) != present.source_release:
+            problem = f"{present.source} doesn't hold release {present.source_release} any more"
+        else:
+            source, target = (self._status(name) for name in (present.source, present.target))
+            if source not in HEALTHY and target in HEALTHY:
+                problem = f"{present.source} is {source}"
+        if problem:
+            self.end(present, plan.ABORTED, f"{reason}; no way back: {problem}")
+            raise Failed(
+                f"{present.target} stays live although {reason}: {problem}; look at both with 'appliance status'"
+            )
+
+    def _status(self, colour: str) -> str:
+        try:
+            return self.engine.colour(colour).health().status
+        except ApplianceError:
+            return "down"
+
+    def rollback(self, to: int | None = None, *, dry_run: bool = False) -> Result:
+        """Back to the colour that was live before, or to release `to`: the way out of a rollout, too."""
+        found = self.under_way()
+        if to is not None:
+            return self._rollback_to(to, dry_run=dry_run)
+        if found and found[0].phase == plan.CANARY:
+            if dry_run:
+                return Result(f"would send everybody back to {found[0].source}", details={"would_change": True})
+            reason, number = self.engine.reason or "rolled back by hand", found[0].number
+            return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
+        result = self.engine.rollback(dry_run=dry_run)
+        if found and result.changed:
+            self.end(found[0], plan.ROLLED_BACK, self.engine.reason or "rolled back by hand")
+        return result
+
+    def _rollback_to(self, number: int, *, dry_run: bool) -> Result:
+        """Make release `number` live; it is placed on the idle colour again where no colour holds it."""
+        found, state = self.under_way(), self.routing.read()
+        if state is None:
+            raise Refused("nothing to roll back to: no colour has ever been live")
+        idle = self.config.other(state.live)
+        if self.engine.number_on(state.live) == number and not found:
+            return Result(f"{state.live} is live with release {number} already", outcome="nothing")
+        if found:
+            raise Refused(_in_the_way(found[0]))
+        if self.engine.number_on(idle) != number:
+            release = self.engine.releases.get(number)
+            placed = self.engine.deploy(idle, Path(release.bundle), release.image_id, gated=False, dry_run=dry_run)
+            if dry_run:
+                return placed
+            if placed.details.get("pending"):
+                raise Refused(placed.message)
+            progress(f"{placed.message}; it has the settings of today")
+        release, examples = self.engine.check(idle, HEALTHY)
+        if dry_run:
+            return self.engine.swap(idle, dry_run=True)
+        return self.engine.switch("rollback", idle, release, examples, state)
+
+    def settle(self, reason: str) -> Result:
+        """Send traffic back where a rollout is under way that nobody watches any more."""
+        found = self.under_way()
+        if found is None:
+            return Result("no rollout is under way", outcome="nothing")
+        progress(f"{found[0].describe()}, and nobody watches it: {reason}")
+        return self.give_back(found[0].number, plan.ROLLED_BACK, reason, "unwatched")
+
+    # By hand
+
+    def split(self, percent: int) -> Result:
+        """Give the idle colour a share of the users until it is changed; nobody watches."""
+        return self._change("split", split=_percentage(percent, 99))
+
+    def shadow(self, percent: int) -> Result:
+        """Have a share of requests copied, so that both colours' answers are compared."""
+        return self._change("shadow", shadow=_percentage(percent, 100))
+
+    def maintenance(self, on: bool) -> Result:
+        """Answer clients with 503, or serve them again."""
+        return self._change("maintenance", maintenance=on)
+
+    def _change(self, command: str, **changes: int | bool) -> Result:
+        state = self.routing.read()
+        if state is None:
+            raise Refused("no colour is live: deploy a release and run 'appliance init COLOUR'")
+        found = self.under_way()
+        if found and command == "split":
+            raise Refused(_in_the_way(found[0]))
+        said = _said(replace(state, **changes), self.config.other(state.live))
+        if replace(state, **changes) == state:
+            return Result(f"{said[command]} already", outcome="nothing", details={"state": state.number})
+        if command != "maintenance" and any(changes.values()):
+            self.engine.check(self.config.other(state.live), ("ready",))
+        wanted = replace(state, **changes, since=now(), who=self.engine.who, reason=self.engine.reason, command=command)
+        if found:
+            self._write(replace(found[0], before=state.number, state=self._next_state()))
+        written, _ = self.routing.switch(wanted)
+        return Result(said[command], changed=True, details={"live": state.live, "state": written.number})
+
+
+def _percentage(value: int, highest: int) -> int:
+    if not 0 <= value <= highest:
+        hint = "; 'appliance swap' gives all users to the idle colour" if highest < 100 else ""
+        raise UsageError(f"{value} isn't a percentage from 0 to {highest}{hint}")
+    return value
+
+
+def _said(state: State, idle: str) -> dict[str, str]:
+    return {
+        "split": f"{idle} serves {state.split} % of users",
+        "shadow": f"{state.shadow} % of requests are copied to {idle} and compared",
+        "maintenance": "in maintenance: clients get 503" if state.maintenance else "clients are served",
+    }
+
+
+def _in_the_way(present: Plan) -> str:
+    return (
+        f"a rollout is under way: {present.describe()}; 'appliance promote' ends it well, 'appliance abort' sends "
+        f"everybody back to {present.source}"
+    )

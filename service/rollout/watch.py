@@ -1,0 +1,355 @@
+"""`appliance watch`: carries out the rollout under way, judging the new colour every second. A systemd unit runs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rollout import accesslog, bundles, files, host, judge, plan
+from rollout.accesslog import AccessLog
+from rollout.colour import HEALTHY, Colour, Health
+from rollout.config import Config
+from rollout.errors import ApplianceError, LockHeld
+from rollout.interrupts import Interrupts
+from rollout.judge import FAIL, NO_DATA, PASS, Check, Window
+from rollout.operations import Engine
+from rollout.plan import Plan
+from rollout.report import Result, progress
+from rollout.rollouts import Rollouts
+from rollout.text import tidy
+from rollout.unixhttp import ExchangeError, UnixConnection, exchange
+
+_TICK_SECONDS = 1.0
+_LOCK_SECONDS = 60.0
+# So many failed requests of clients are looked at even where there are few requests altogether.
+_ENOUGH_ERRORS = 3
+
+
+class _Later(Interrupts):
+    """Signals wait: the watch looks for them between two commands."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        super().__init__()
+        self._stopped = stopped
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        self._stopped.set()
+
+
+class Watch:
+    """Carries out the rollout under way, and each that begins before it has ended."""
+
+    def __init__(self, config: Config, who: str) -> None:
+        self.config = config
+        self.who = who
+        self._stopped = threading.Event()
+        self._present: Plan | None = None
+
+    def _engine(self, who: str | None = None, reason: str | None = None) -> Engine:
+        engine = Engine(self.config, who or self.who, reason, lock_wait=_LOCK_SECONDS)
+        engine.interrupts = _Later(self._stopped)
+        return engine
+
+    def run(self) -> Result:
+        """Until no rollout is under way. On SIGTERM traffic goes back first, unless the host shuts down."""
+        signal.signal(signal.SIGTERM, lambda *_: self._stopped.set())
+        last = None
+        while True:
+            # Under the lock, because a command may be about to make what it has put on record.
+            engine = self._engine()
+            engine.run("watch", lambda e=engine: self._look(e), quiet=True)
+            present = self._present
+            if present is None:
+                return Result(last or "no rollout is under way")
+            last = self._carry_out(present)
+            if self._stopped.is_set():
+                left = Rollouts(self._engine()).under_way() is not None and not host.shutting_down()
+                return Result(last, ok=not left, exit_status=int(left))
+
+    def _look(self, engine: Engine) -> Result:
+        found = Rollouts(engine).under_way()
+        if found and found[0].phase == plan.BAKE and found[1].live != found[0].target:
+            # Whoever put it on record died before the switch.
+            Rollouts(engine).settle("the switch never happened")
+            found = None
+        self._present = found[0] if found else None
+        return Result("looked", outcome="nothing")
+
+    def _carry_out(self, begun: Plan) -> str:
+        """One rollout to its end, which is returned in words."""
+        trial = Trial(self.config, begun)
+        progress(begun.describe())
+        try:
+            while True:
+                present = plan.read(self.config.rollout_file)
+                if present is None or present.number != begun.number or not present.under_way:
+                    return present.describe() if present else "the plan is gone"
+                if self._stopped.is_set():
+                    if host.shutting_down():
+                        return "the host shuts down; it goes on after the boot"
+                    return self._back(present, "the watch was stopped", "unwatched")
+                if Rollouts(self._engine()).under_way() is None and not self._still_mine(present):
+                    return "somebody else switched"
+                ended = self._tick(trial, present)
+                if ended:
+                    return ended
+                self._stopped.wait(_TICK_SECONDS)
+        finally:
+            trial.close()
+
+    def _still_mine(self, present: Plan) -> bool:
+        """Look again under the lock: whoever switched by hand has had the time to say so. Ends the plan if so."""
+        engine = self._engine()
+
+        def look() -> Result:
+            rollouts = Rollouts(engine)
+            latest = plan.read(self.config.rollout_file)
+            mine = latest is not None and latest.number == present.number and latest.under_way
+            if latest is not None and mine and rollouts.under_way() is None:
+                rollouts.end(latest, plan.SUPERSEDED, "somebody switched by hand")
+            return Result("looked", outcome="nothing")
+
+        engine.run("watch", look, quiet=True)
+        latest = plan.read(self.config.rollout_file)
+        return latest is not None and latest.number == present.number and latest.under_way
+
+    def _tick(self, trial: Trial, present: Plan) -> str | None:
+        trial.follow(present)
+        checks = trial.look()
+        verdict = judge.verdict_of(checks)
+        self._report(present, trial, checks, verdict)
+        if verdict == FAIL:
+            trial.failures += 1
+            failed = [check for check in checks if check.verdict == FAIL]
+            if trial.failures >= self.config.judge_failures:
+                return self._back(present, "; ".join(f"{c.name}: {c.text}" for c in failed), failed[0].name, checks)
+            return None
+        trial.failures = 0
+        if present.asked != "promote":
+            if present.paused or trial.elapsed < trial.wanted_seconds:
+                return None
+            if verdict == NO_DATA:
+                if trial.elapsed < trial.wanted_seconds + self.config.judge_patience_seconds:
+                    return None
+                unknown = "; ".join(f"{c.name}: {c.text}" for c in checks if c.verdict == NO_DATA)
+                return self._back(present, f"nothing could be said: {unknown}", "no data", checks)
+        engine = self._engine(present.who)
+        command = "promote" if present.asked else "canary" if present.phase == plan.CANARY else "bake"
+        result = engine.run(command, lambda: Rollouts(engine).advance(present.number))
+        progress(result.message)
+        if result.exit_status == LockHeld.exit_status:
+            return None
+        if not result.ok:
+            return self._back(present, result.message, "health", checks)
+        self._record(engine, present, checks)
+        latest = plan.read(self.config.rollout_file)
+        return latest.describe() if latest and not latest.under_way else None
+
+    def _back(self, present: Plan, reason: str, cause: str, checks: list[Check] | None = None) -> str:
+        engine = self._engine(reason=reason)
+        result = engine.run(
+            "rollback", lambda: Rollouts(engine).give_back(present.number, plan.ROLLED_BACK, reason, cause)
+        )
+        progress(result.message)
+        self._record(engine, present, checks or [])
+        return result.message
+
+    def _record(self, engine: Engine, present: Plan, checks: list[Check]) -> None:
+        try:
+            engine.releases.add_checks(
+                present.target_release, f"{present.phase} {present.percent} %", [asdict(check) for check in checks]
+            )
+        except (OSError, ApplianceError) as error:
+            progress(f"the checks weren't recorded: {tidy(error)}")
+
+    def _report(self, present: Plan, trial: Trial, checks: list[Check], verdict: str) -> None:
+        about = {
+            "rollout": present.number,
+            "text": present.describe(),
+            "verdict": verdict,
+            "left_seconds": round(max(0.0, trial.wanted_seconds - trial.elapsed)),
+            "checks": [asdict(check) for check in checks],
+        }
+        try:
+            files.replace(self.config.rollout_report_file, json.dumps(about).encode() + b"\n")
+        except OSError as error:
+            progress(f"no report: {tidy(error)}")
+
+
+class Trial:
+    """What is known of the two colours during one rollout; times are monotonic seconds."""
+
+    def __init__(self, config: Config, begun: Plan) -> None:
+        self.config = config
+        self._engine = Engine(config, "watch")
+        self._present = begun
+        # Our own requests count for as long as a step may last: to a slow model there are few.
+        longest = max(config.canary_step_seconds, config.bake_seconds) + config.judge_patience_seconds
+        self._log = AccessLog(config.access_log, begun.mark, max(config.judge_window_seconds, longest))
+        self._source, self._target = self._engine.colour(begun.source), self._engine.colour(begun.target)
+        # In a bake no client uses the old colour: what they got from it just before is the measure.
+        self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds)
+        self._restarts: int | None = None
+        self._compared = self._shadow_counts()
+        self._began = self._since = self._calm = time.monotonic()
+        self.failures = 0
+        self._synthetic = Synthetic(config, self._engine, begun)
+
+    def close(self) -> None:
+        """Stop sending requests."""
+        self._synthetic.stop()
+        self._log.close()
+
+    def follow(self, present: Plan) -> None:
+        """Begin afresh where the plan has gone a step on."""
+        if (present.phase, present.step) != (self._present.phase, self._present.step):
+            # Rather from before the canary, where the old colour had all clients, as the new one has now.
+            if present.phase == plan.BAKE and len(self._before.seconds) < self.config.judge_min_requests:
+                self._before = self._log.clients(present.source, self._since)
+            self._since = time.monotonic()
+            self.failures = 0
+        self._present = present
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._since
+
+    @property
+    def wanted_seconds(self) -> float:
+        return self.config.bake_seconds if self._present.phase == plan.BAKE else self.config.canary_step_seconds
+
+    def look(self) -> list[Check]:
+        """All checks of this moment."""
+        try:
+            self._log.read()
+        except OSError as error:
+            progress(f"the access log can't be read: {tidy(error)}")
+        health = self._health()
+        if health.verdict == NO_DATA:
+            # What hit both colours says nothing about the new one.
+            self._calm = time.monotonic()
+            return [health]
+        since = max(self._since, self._calm, time.monotonic() - self.config.judge_window_seconds)
+        baking = self._present.phase == plan.BAKE
+        new = self._log.clients(self._target.name, since)
+        old = self._before if baking else self._log.clients(self._source.name, since)
+        since_own = max(self._since, self._calm)
+        own_new, own_old = (self._log.own(colour.name, since_own) for colour in (self._target, self._source))
+        least = self.config.judge_min_requests
+        enough = min(len(new.seconds), len(old.seconds)) >= least
+        self._synthetic.wanted.clear() if enough else self._synthetic.wanted.set()
+        # Our own requests must not hide what clients meet already.
+        met = new.requests >= least or new.errors >= _ENOUGH_ERRORS
+        seen, of_old = new if met else _both(new, own_new), old if old.requests >= least else _both(old, own_old)
+        if _unwell(self._source, self._present.source_release)[0]:
+            # That the old colour has died since excuses nothing.
+            of_old = Window()
+        checks = [health, judge.errors(seen, of_old, self.config, _ENOUGH_ERRORS if met else least)]
+        checks += judge.latencies(*((new, old) if enough else (own_new, own_old)), self.config)
+        shadow = self._shadow()
+        return checks + ([shadow] if shadow else [])
+
+    def _health(self) -> Check:
+        wrong, health = _unwell(self._target, self._present.target_release)
+        if health is None or wrong:
+            # Docker went away, or the host has just booted: that isn't the new release's fault.
+            shared = _unwell(self._source, self._present.source_release)[0] is not None
+            if shared:
+                # Whichever comes back first, both get the time to.
+                self._began, self._restarts = time.monotonic(), None
+            early = self._restarts is None and self._age < self.config.ready_timeout_seconds
+            return Check("health", NO_DATA if shared or early else FAIL, wrong or "")
+        restarts = health.workers["restarts"]
+        if self._restarts is None:
+            self._restarts = restarts
+        if restarts > self._restarts:
+            return Check("health", FAIL, f"{restarts - self._restarts} workers died", restarts - self._restarts, 0)
+        return Check("health", PASS, health.describe())
+
+    @property
+    def _age(self) -> float:
+        return time.monotonic() - self._began
+
+    def _shadow(self) -> Check | None:
+        state = self._engine.routing.read()
+        if state is None or not state.shadow:
+            return None
+        if self._compared is None:
+            self._compared = self._shadow_counts()
+        counts = self._shadow_counts()
+        if counts is None or self._compared is None:
+            return Check("shadow", NO_DATA, "appliance-shadow.service doesn't answer")
+        if counts["started"] != self._compared["started"]:
+            self._compared = dict.fromkeys(counts, 0) | {"started": counts["started"]}
+        agree, differ = (int(counts[key] - self._compared[key]) for key in ("agree", "differ"))
+        return judge.shadow(agree, differ, self.config)
+
+    def _shadow_counts(self) -> dict[str, float] | None:
+        connection = UnixConnection(self.config.shadow_socket, 1.0)
+        try:
+            raw = json.loads(exchange(connection, "GET", "/summary", timeout=1.0).body)
+            return {key: float(raw[key]) for key in ("agree", "differ", "started")}
+        except (ExchangeError, OSError, ValueError, TypeError, KeyError):
+            return None
+        finally:
+            connection.close()
+
+
+def _unwell(colour: Colour, release: int | None) -> tuple[str | None, Health | None]:
+    """What is wrong with a colour, or None, and its health where it gave any."""
+    try:
+        health = colour.health()
+    except ApplianceError as fault:
+        return fault.message, None
+    if health.status not in HEALTHY or health.release != str(release):
+        return f"{colour.name} is {health.describe()}, release {health.release}", health
+    return None, health
+
+
+def _both(one: Window, other: Window) -> Window:
+    return Window(one.requests + other.requests, one.errors + other.errors, one.seconds + other.seconds)
+
+
+class Synthetic:
+    """Requests of our own to both colours, from the new release's examples, while `wanted` is set."""
+
+    def __init__(self, config: Config, engine: Engine, present: Plan) -> None:
+        self.wanted = threading.Event()
+        self._config = config
+        self._engine = engine
+        self._present = present
+        self._stopped = threading.Event()
+        if config.synthetic_per_second:
+            for colour in (present.source, present.target):
+                threading.Thread(target=self._send, args=(colour,), daemon=True).start()
+
+    def stop(self) -> None:
+        """End both threads, each after the request that it is at."""
+        self._stopped.set()
+        self.wanted.set()
+
+    def _send(self, colour: str) -> None:
+        number, examples = 0, []
+        pause = 1 / self._config.synthetic_per_second
+        while not self._stopped.wait(pause):
+            if not self.wanted.wait(1.0) or self._stopped.is_set():
+                continue
+            try:
+                examples = examples or self._examples(colour)
+                state = self._engine.routing.read()
+                track = "live" if state is not None and state.live == colour else "idle"
+                number += 1
+                body = json.dumps(examples[number % len(examples)].request).encode()
+                self._engine.front_door.send(body, f"{self._present.mark}{number}", track)
+            except (ApplianceError, ExchangeError, OSError):
+                # What became of it stands in nginx's log, or there is no data.
+                continue
+
+    def _examples(self, colour: str) -> list[bundles.Example]:
+        # Each colour understands its own release's examples for sure.
+        release = self._engine.releases.get(self._engine.releases.placed(colour) or 0)
+        return bundles.load_examples(Path(release.bundle), release.bundle_digest)

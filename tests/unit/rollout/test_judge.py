@@ -1,0 +1,85 @@
+"""The verdicts: what fails, what passes, and what says nothing."""
+
+import pytest
+from rollout import judge
+from rollout.config import Config
+from rollout.judge import FAIL, NO_DATA, PASS, Check, Window, verdict_of
+
+CONFIG = Config()
+
+
+def window(requests=0, errors=0, ms=5.0, spread=0.2):
+    good = requests - errors
+    return Window(requests, errors, [ms / 1000 * (1 + spread * i / max(1, good)) for i in range(good)])
+
+
+def latency(new, old, config=CONFIG):
+    return {check.name: check.verdict for check in judge.latencies(new, old, config)}
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "verdict"),
+    [
+        (window(29, 29), window(1000), NO_DATA),
+        (window(30, 0), window(0), PASS),
+        (window(30, 1), window(1000), PASS),  # one failed request condemns nobody
+        (window(30, 6), window(1000), FAIL),  # a fifth of all
+        (window(1000, 25), window(1000), FAIL),
+        (window(30, 2), window(1000, 10), PASS),  # twice the other's share, but of two requests
+        (window(1000, 9), window(1000), PASS),
+        (window(1000, 100), window(1000, 90), PASS),  # a fault that both share
+        (window(1000, 100), window(20, 2), FAIL),  # too few of the other colour to excuse it
+    ],
+)
+def test_errors(new, old, verdict):
+    assert judge.errors(new, old, CONFIG, 30).verdict == verdict
+
+
+def test_three_times_slower_fails_at_every_quantile():
+    assert latency(window(1000, ms=60), window(1000, ms=20)) == {"p50": FAIL, "p95": FAIL, "p99": FAIL}
+
+
+def test_as_fast_passes_at_every_quantile():
+    assert latency(window(1000, ms=21), window(1000, ms=20)) == {"p50": PASS, "p95": PASS, "p99": PASS}
+
+
+def test_few_requests_have_a_median_and_no_tail():
+    assert latency(window(40, ms=20), window(40, ms=20)) == {"p50": PASS}
+    assert latency(window(40, ms=60), window(40, ms=20)) == {"p50": FAIL}
+
+
+def test_without_the_other_colour_nothing_is_said_of_the_median():
+    assert latency(window(40), window(3)) == {"p50": NO_DATA}
+    assert latency(window(3), window(40)) == {"p50": NO_DATA}
+
+
+def test_a_small_difference_is_tolerated_whatever_the_ratio_is():
+    assert latency(window(40, ms=2.9, spread=0), window(40, ms=1, spread=0)) == {"p50": PASS}
+
+
+def test_an_absolute_limit_holds_whatever_the_other_colour_does():
+    assert latency(window(200, ms=9000), window(200, ms=9000))["p95"] == FAIL
+
+
+def test_a_slow_tail_alone_fails():
+    new = Window(200, 0, [0.02] * 170 + [0.2] * 30)
+    assert latency(new, window(200, ms=20)) == {"p50": PASS, "p95": FAIL}
+
+
+@pytest.mark.parametrize(
+    ("agree", "differ", "verdict"), [(99, 0, NO_DATA), (100, 0, PASS), (95, 5, PASS), (90, 10, FAIL)]
+)
+def test_shadow(agree, differ, verdict):
+    assert judge.shadow(agree, differ, CONFIG).verdict == verdict
+
+
+def test_no_data_is_neither_pass_nor_fail():
+    checks = {verdict: Check("x", verdict, "") for verdict in (PASS, FAIL, NO_DATA)}
+    assert verdict_of([checks[PASS], checks[NO_DATA]]) == NO_DATA
+    assert verdict_of([checks[PASS], checks[NO_DATA], checks[FAIL]]) == FAIL
+    assert verdict_of([checks[PASS]]) == PASS
+    assert verdict_of([]) == NO_DATA
+
+
+def test_a_quantile_is_a_value_that_was_seen():
+    assert [judge.quantile([3.0, 1.0, 2.0, 4.0], share) for share in (0.0, 0.5, 0.75, 0.99, 1.0)] == [1, 2, 3, 4, 4]

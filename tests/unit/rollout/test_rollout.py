@@ -1,0 +1,296 @@
+"""A canary, a bake, and the ways out of both."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+from rollout import config, plan, watch
+from rollout.rollouts import Rollouts
+from rollout.watch import Watch
+from rollout_stand_ins import wait_for
+
+QUICK = {
+    "canary_step_seconds": 0.2,
+    "bake_seconds": 0.3,
+    "judge_min_requests": 10,
+    "judge_patience_seconds": 10,
+    "synthetic_per_second": 100,
+}
+
+
+@pytest.fixture
+def rollout(box, monkeypatch):
+    """Release 1 live on blue, release 2 idle on green, and everything quick."""
+    monkeypatch.setattr(watch, "_TICK_SECONDS", 0.02)
+    box.configure(**QUICK)
+    return box.live_on_blue()
+
+
+def faulty(box, fault):
+    box.host.faults["3.0.0"] = {fault}
+    assert box.deploy("green", box.bundle("3.0.0", 0.5)).status == 0
+    return box
+
+
+def carry_out(box):
+    return Watch(config.load(box.config), "appliance-rollout").run()
+
+
+def in_background(box):
+    thread = threading.Thread(target=carry_out, args=(box,), daemon=True)
+    # Only the main thread may set handlers of signals.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch.signal, "signal", lambda *_: None)
+        thread.start()
+        time.sleep(0.05)
+    return thread
+
+
+def present(box):
+    return plan.read(box.state_dir / "rollout.json")
+
+
+def canary(box, *more):
+    return box.run("swap", "--strategy", "canary", "--detach", *more)
+
+
+def test_a_good_canary_goes_through_all_steps_and_its_bake(rollout):
+    begun = canary(rollout)
+    assert begun.status == 0 and begun.json["changed"], begun.message
+    assert (rollout.state.live, rollout.state.split) == ("blue", 1)
+    assert ["systemctl", "start", "--no-block", "appliance-rollout.service"] in rollout.host.calls
+    carry_out(rollout)
+    assert present(rollout).phase == plan.DONE, present(rollout)
+    assert (rollout.state.live, rollout.state.split, rollout.state.previous) == ("green", 0, "blue")
+    commands = [entry["command"] for entry in rollout.audit() if entry["outcome"] == "done"][-6:]
+    assert commands == ["canary"] * 5 + ["bake"]
+    stages = json.loads((rollout.state_dir / "releases/2/checks.json").read_text())["checks"]
+    assert [stage["stage"] for stage in stages] == ["deploy", *(f"canary {n} %" for n in (1, 5, 25, 50)), "bake 100 %"]
+    assert {check["verdict"] for stage in stages for check in stage["checks"]} == {"pass"}
+
+
+@pytest.mark.parametrize(("fault", "word"), [("some-500", "errors"), ("slow", "p50")])
+def test_a_canary_that_does_worse_goes_back(rollout, fault, word):
+    rollout.configure(canary_step_seconds=20)
+    canary(faulty(rollout, fault), "--steps", "1,100")
+    carry_out(rollout)
+    ended = present(rollout)
+    assert ended.phase == plan.ROLLED_BACK and word in ended.reason, ended
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    last = rollout.audit()[-1]
+    assert (last["command"], last["cause"], last["live_after"]) == ("rollback", word, "blue")
+    followed = rollout.run("follow")
+    assert followed.status == 1 and word in followed.message and "back on blue" in followed.message
+
+
+@pytest.mark.parametrize(("fault", "word"), [("some-500", "errors"), ("slow", "p50")])
+def test_a_release_that_does_worse_after_the_switch_goes_back(rollout, fault, word):
+    rollout.configure(bake_seconds=20)
+    assert faulty(rollout, fault).run("swap").status == 0
+    assert rollout.state.live == "green"
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and word in present(rollout).reason
+    assert (rollout.state.live, rollout.state.previous) == ("blue", "green")
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_a_colour_that_dies_goes_back(rollout, strategy):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    assert rollout.run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else [])).status == 0
+    thread = in_background(rollout)
+    rollout.host.stop("green")
+    thread.join(10)
+    assert present(rollout).phase == plan.ROLLED_BACK and "health" in present(rollout).reason
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def test_an_old_colour_that_is_dead_itself_is_no_way_back(rollout):
+    rollout.configure(bake_seconds=20)
+    assert faulty(rollout, "some-500").run("swap").status == 0
+    rollout.host.stop("blue")
+    carry_out(rollout)
+    assert rollout.state.live == "green"
+    assert present(rollout).phase == plan.ABORTED and "no way back: blue is down" in present(rollout).reason
+    assert "green stays live" in rollout.audit()[-1]["message"]
+
+
+def test_without_data_it_waits_and_then_goes_back(rollout):
+    rollout.configure(synthetic_per_second=0, judge_patience_seconds=0.5)
+    canary(rollout)
+    started = time.monotonic()
+    carry_out(rollout)
+    assert time.monotonic() - started > 0.6
+    assert present(rollout).phase == plan.ROLLED_BACK and "nothing could be said" in present(rollout).reason
+    assert rollout.audit()[-1]["cause"] == "no data"
+
+
+def test_a_paused_canary_stays_and_is_judged(rollout):
+    canary(rollout)
+    assert rollout.run("pause").json["changed"] and not rollout.run("pause").json["changed"]
+    thread = in_background(rollout)
+    time.sleep(0.6)
+    assert rollout.state.split == 1
+    report = json.loads((rollout.runtime_dir / "rollout.json").read_text())
+    assert "paused" in report["text"] and report["checks"]
+    assert "paused" in rollout.run("status").message
+    rollout.run("resume")
+    thread.join(10)
+    assert present(rollout).phase == plan.DONE
+
+
+def test_promote_ends_a_canary_and_then_its_bake(rollout):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout)
+    thread = in_background(rollout)
+    rollout.run("promote")
+    wait_for(lambda: rollout.state.live == "green")
+    wait_for(lambda: present(rollout).asked is None)
+    assert present(rollout).phase == plan.BAKE
+    assert rollout.run("promote").status == 0
+    thread.join(10)
+    assert present(rollout).phase == plan.DONE and rollout.state.live == "green"
+
+
+@pytest.mark.parametrize("command", ["abort", "rollback"])
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_a_hand_can_end_it(rollout, command, strategy):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    rollout.run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else []))
+    thread = in_background(rollout)
+    answer = rollout.run(command, "--reason", "looks odd")
+    assert answer.status == 0 and answer.json["changed"], answer.message
+    thread.join(10)
+    assert not thread.is_alive()
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    ended = present(rollout)
+    assert ended.phase == (plan.ABORTED if command == "abort" else plan.ROLLED_BACK) and ended.reason == "looks odd"
+
+
+def test_a_swap_by_hand_ends_the_bake_of_the_one_before(rollout):
+    rollout.configure(bake_seconds=20)
+    rollout.run("swap")
+    thread = in_background(rollout)
+    assert rollout.run("swap").status == 0
+    assert rollout.state.live == "blue" and present(rollout).target == "blue"
+    rollout.run("promote")
+    thread.join(10)
+    assert present(rollout).phase == plan.DONE and rollout.state.live == "blue"
+
+
+def test_nothing_else_gets_in_the_way_of_a_canary(rollout):
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout)
+    for command in (["swap"], ["split", "10"], ["swap", "--strategy", "canary"]):
+        answer = rollout.run(*command)
+        assert answer.status == 1 and "a rollout is under way" in answer.message and "abort" in answer.message
+    answer = rollout.deploy("green", rollout.bundle("3.0.0"))
+    assert answer.status == 0 and answer.json["pending"] and "under way" in answer.message
+    assert rollout.state.split == 1 and rollout.host.running["green"].version == "2.0.0"
+
+
+def test_orders_without_a_rollout_are_refused(rollout):
+    for command in ("pause", "resume", "promote", "abort"):
+        answer = rollout.run(command)
+        assert answer.status == 1 and "no rollout is under way" in answer.message
+
+
+def test_a_dry_run_of_a_canary_changes_nothing(rollout):
+    before = rollout.snapshot()
+    answer = rollout.run("swap", "--strategy", "canary", "--dry-run")
+    assert answer.status == 0 and answer.json["would_change"] and "1 %, 5 %" in answer.message
+    assert rollout.snapshot() == before and present(rollout) is None
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+@pytest.mark.parametrize("how", ["signal", "core-dump", None], ids=["killed", "crashed", "after a boot"])
+def test_a_rollout_that_nobody_watches_goes_back(rollout, monkeypatch, strategy, how):
+    rollout.configure(bake_seconds=20)
+    rollout.run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else []))
+    if how:
+        monkeypatch.setenv("SERVICE_RESULT", how)
+    answer = rollout.run("watch", "--settle")
+    assert answer.status == 0, answer.message
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.audit()[-1]["cause"] == "unwatched"
+    assert not rollout.run("watch", "--settle").json["changed"]
+
+
+def test_a_rollout_that_began_while_the_last_watch_ended_gets_another(rollout, monkeypatch):
+    canary(rollout)
+    monkeypatch.setenv("SERVICE_RESULT", "success")
+    before = len(rollout.host.calls)
+    rollout.run("watch", "--settle")
+    assert ["systemctl", "start", "--no-block", "appliance-rollout.service"] in rollout.host.calls[before:]
+    assert rollout.state.split == 1
+
+
+def test_sigterm_sends_traffic_back_first(rollout):
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), watch.signal.SIGTERM))
+    timer.start()
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.state.split == 0
+
+
+def test_a_switch_that_fails_leaves_no_rollout(rollout):
+    rollout.door.faults.add("green")
+    answer = rollout.run("swap")
+    assert answer.status == 1 and rollout.state.live == "blue"
+    assert not present(rollout).under_way
+    assert Rollouts(rollout.engine()).under_way() is None
+
+
+def test_a_promotion_that_fails_goes_back_altogether(rollout):
+    canary(rollout, "--steps", "50,100")
+    rollout.door.faults.add("green")
+    rollout.configure(synthetic_per_second=0, judge_min_requests=1)
+    thread = in_background(rollout)
+    rollout.run("promote")
+    thread.join(10)
+    assert present(rollout).phase == plan.ROLLED_BACK
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def test_a_watch_that_cant_start_leaves_everything_as_it_was(rollout):
+    rollout.host.start_watch = (1, "", "Unit appliance-rollout.service not found.")
+    before = rollout.state
+    for command in (["swap"], ["swap", "--strategy", "canary"]):
+        answer = rollout.run(*command)
+        assert answer.status == 1 and "nobody would watch" in answer.message
+        assert rollout.state.number == before.number and Rollouts(rollout.engine()).under_way() is None
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "said"),
+    [
+        (["split", "25"], "split", "green serves 25 % of users"),
+        (["shadow", "20"], "shadow", "20 % of requests are copied"),
+        (["maintenance", "on"], "maintenance", "IN MAINTENANCE"),
+    ],
+)
+def test_shares_and_maintenance_by_hand(rollout, command, flag, said):
+    off = {"split": "0", "shadow": "0", "maintenance": "off"}[flag]
+    assert rollout.run(*command).json["changed"] and not rollout.run(*command).json["changed"]
+    assert getattr(rollout.state, flag) and (rollout.routing / "current" / flag).exists()
+    status = rollout.run("status")
+    assert said in status.message and status.json[flag] == getattr(rollout.state, flag)
+    assert rollout.run(command[0], off).json["changed"]
+    assert not getattr(rollout.state, flag) and not (rollout.routing / "current" / flag).exists()
+
+
+@pytest.mark.parametrize("command", [["split", "100"], ["split", "-1"], ["shadow", "101"]])
+def test_no_percentage(rollout, command):
+    answer = rollout.run("--", *command) if "-1" in command else rollout.run(*command)
+    assert answer.status == 2
+    assert rollout.state.number == 1
+
+
+def test_maintenance_outlasts_a_swap_and_a_split_doesnt(rollout):
+    rollout.run("maintenance", "on")
+    rollout.run("split", "25")
+    rollout.configure(bake_seconds=0)
+    assert rollout.run("swap").status == 0
+    assert (rollout.state.live, rollout.state.split, rollout.state.maintenance) == ("green", 0, True)
