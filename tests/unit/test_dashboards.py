@@ -26,6 +26,11 @@ def data_panels(dashboard):
     return [panel for panel in dashboard["panels"] if panel["type"] not in ("row", "text")]
 
 
+def expressions(dashboard):
+    targets = [target for panel in data_panels(dashboard) for target in panel["targets"]]
+    return [entry["expr"] for entry in targets + dashboard["annotations"]["list"]]
+
+
 @pytest.fixture(params=DASHBOARDS, ids=lambda path: path.stem)
 def dashboard(request):
     return load(request.param)
@@ -95,20 +100,17 @@ def test_panels_do_not_overlap(dashboard):
 
 
 def test_expressions_are_balanced_and_rates_follow_the_interval(dashboard):
-    for panel in data_panels(dashboard):
-        for target in panel["targets"]:
-            expression = re.sub(r'"[^"]*"', '""', target["expr"])
-            for opening, closing in ("()", "[]", "{}"):
-                assert expression.count(opening) == expression.count(closing), target["expr"]
-            ranges = re.findall(r"\[([^]]*)\]", expression)
-            assert all(found == "$__rate_interval" for found in ranges), target["expr"]
-            assert len(ranges) == len(re.findall(r"\b(?:rate|increase)\(", expression)), target["expr"]
-            assert "${" not in expression, target["expr"]
+    for written in expressions(dashboard):
+        expression = re.sub(r'"[^"]*"', '""', written)
+        for opening, closing in ("()", "[]", "{}"):
+            assert expression.count(opening) == expression.count(closing), written
+        ranges = re.findall(r"\[([^]]*)\]", expression)
+        assert all(found == "$__rate_interval" for found in ranges), written
+        assert len(ranges) == len(re.findall(r"\b(?:rate|increase)\(", expression)), written
+        assert "${" not in expression, written
 
 
 def test_metrics_follow_the_naming_rules(dashboard):
-    for panel in data_panels(dashboard):
-        for target in panel["targets"]:
-            names = re.findall(r"([a-zA-Z_]\w*)\s*\{", target["expr"])
-            for name in names:
-                assert name in OWN_NAMES or name.startswith(("model_", "node_", "prometheus_")), target["expr"]
+    for expression in expressions(dashboard):
+        for name in re.findall(r"([a-zA-Z_]\w*)\s*\{", expression):
+            assert name in OWN_NAMES or name.startswith(("model_", "appliance_", "node_", "prometheus_")), expression
