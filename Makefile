@@ -11,8 +11,8 @@ BESIDE := reports/molecule-bookworm.log
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help up status deploy swap rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
-  load bench bench-appliance bench-service serve bundle lock
+.PHONY: help up status deploy swap canary rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
+  load bench bench-appliance bench-swaps bench-service serve bundle lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ swap: ## make the idle colour live
 
 deploy: ## place a bundle on the idle colour: make deploy BUNDLE=bundles/digits/1.0.0
 	@$(LAB) play deploy -e bundle=$(BUNDLE)
+
+canary: ## make the idle colour live step by step, back by itself where it does worse
+	@$(LAB) play swap -e strategy=canary
 
 rollback: ## go back to the colour that was live before
 	@$(LAB) play rollback
@@ -73,14 +76,15 @@ unit: environment ## tests that need no host
 
 molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13, then provisioning on Debian 12
 
-# The default scenario first: it is the one that provisions a fresh host, which all others then use.
-SCENARIOS := default $(filter-out default,$(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
+# The default scenario first: it is the one that provisions a fresh host, which all others then use. Rollouts take their
+# time, and so run on Debian 12, where little else does.
+SCENARIOS := default $(filter-out default rollout,$(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
 
 molecule-trixie: engine environment
 	$(call molecule_on,trixie,$(SCENARIOS:%=--scenario-name %))
 
 molecule-bookworm: engine environment
-	$(call molecule_on,bookworm,--scenario-name default)
+	$(call molecule_on,bookworm,--scenario-name default --scenario-name rollout)
 
 # What an interrupted run left behind goes first: the machine, and Molecule's belief that it exists, which is a
 # directory of each run's own.
@@ -101,6 +105,9 @@ bench: environment ## measure everything, and write docs/benchmarks.md; needs `m
 
 bench-appliance: environment ## measure the lab that `make up` made; BENCH=--help tells more
 	python benchmarks/appliance.py $(BENCH)
+
+bench-swaps: environment ## 200 swaps under mixed load, and rollbacks, on the lab that `make up` made; BENCH=--help tells more
+	python benchmarks/swaps.py $(BENCH)
 
 bench-service: environment ## measure the model service beside its peers; BENCH=--help tells more
 	python benchmarks/service.py $(BENCH)

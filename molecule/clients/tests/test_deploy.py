@@ -3,6 +3,8 @@
 import hashlib
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,10 +129,44 @@ def test_what_is_no_bundle(playbook, untouched, name, words):
     assert refused.returncode != 0 and words in refused.stdout, refused.stdout[-2000:]
 
 
-def test_a_torchserve_archive_is_told_what_to_do(playbook, untouched, tmp_path):
+@pytest.fixture
+def torchserve_archive(tmp_path):
+    """simplemodel as the real torch-model-archiver packs it, and a request to it."""
+    model = (SOURCE / "model.py").read_text().replace("hidden: int)", "hidden: int = 16)")
+    (tmp_path / "model.py").write_text(model)
+    (tmp_path / "request.json").write_text('{"data": [0.2, 0.6]}')
+    (tmp_path / "scratch").mkdir()
+    archiver = Path(sys.executable).with_name("torch-model-archiver")
+    options = ["--model-name", "moved", "--version", "1.0", "--handler", "base_handler", "--model-file", "model.py"]
+    subprocess.run(
+        [archiver, *options, "--serialized-file", SOURCE / "weights.pth"],
+        cwd=tmp_path,
+        env={"TMPDIR": str(tmp_path / "scratch"), "PATH": "/usr/bin:/bin"},
+        check=True,
+        capture_output=True,
+    )
+    return tmp_path / "moved.mar"
+
+
+def test_a_torchserve_archive_lands_on_the_idle_colour(playbook, engine, edge, untouched, torchserve_archive):
+    example = torchserve_archive.with_name("request.json")
+    options = ["-e", f"example={example}", "-e", "import_options='--input-shape 2'"]
+    told = playbook("deploy", "-e", f"bundle={torchserve_archive}", *options)
+    assert told.returncode == 0, told.stdout[-3000:]
+    assert engine("status")["colours"][untouched["idle"]]["model"] == "moved"
+    answer = edge.request("POST", "/test/predictions/moved", b"[[0.2, 0.6]]", {"Content-Type": "application/json"})
+    assert answer.status == 200, answer.text
+
+
+def test_a_torchserve_archive_needs_an_example(playbook, untouched, torchserve_archive):
+    refused = playbook("deploy", "-e", f"bundle={torchserve_archive}")
+    assert refused.returncode != 0 and "-e example=FILE" in refused.stdout
+
+
+def test_what_isnt_a_torchserve_archive(playbook, untouched, tmp_path):
     (tmp_path / "model.mar").write_bytes(b"PK")
-    refused = playbook("deploy", "-e", f"bundle={tmp_path / 'model.mar'}")
-    assert refused.returncode != 0 and "make bundle" in refused.stdout
+    refused = playbook("deploy", "-e", f"bundle={tmp_path / 'model.mar'}", "-e", "example={}")
+    assert refused.returncode != 0 and "error:" in refused.stdout
 
 
 def test_no_bundle_named(playbook, untouched):

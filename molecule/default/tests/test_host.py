@@ -11,7 +11,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 UNITS = [
     *("nginx.service", "docker.service", "cron.service", "prometheus.service", "prometheus-node-exporter.service"),
     "prometheus-nginx-exporter.service",
-    *("model@blue.service", "model@green.service", "appliance-verify.service"),
+    *("model@blue.service", "model@green.service", "appliance-verify.service", "appliance-shadow.service"),
 ]
 
 
@@ -168,7 +168,14 @@ def test_prometheus_scrapes_everything(host, eventually):
         text = host.check_output("curl -sf 'http://127.0.0.1:9090/api/v1/query?query=up'")
         series = json.loads(text)["data"]["result"]
         found = {(row["metric"]["job"], row["metric"].get("colour", "")): row["value"][1] for row in series}
-        wanted = {("prometheus", ""), ("node", ""), ("nginx", ""), ("model", "blue"), ("model", "green")}
+        wanted = {
+            ("prometheus", ""),
+            ("node", ""),
+            ("nginx", ""),
+            ("shadow", ""),
+            ("model", "blue"),
+            ("model", "green"),
+        }
         return found if wanted <= set(found) and set(found.values()) == {"1"} else None
 
     eventually(up, what="every target up")
@@ -184,13 +191,14 @@ def test_a_failed_check_of_the_boot_would_raise_an_alert(host, eventually):
     eventually(found, what="the state of appliance-verify in Prometheus")
 
 
-def test_the_alerts_fire_when_they_should(host):
+@pytest.mark.parametrize("name", ["targets_test.yml", "rollouts_test.yml"])
+def test_the_alerts_fire_when_they_should(host, name):
     folder = host.check_output("mktemp -d")
-    tests = (PROJECT / "roles/prometheus/tests/targets_test.yml").read_text()
+    tests = (PROJECT / "roles/prometheus/tests" / name).read_text()
     # The file names its rules by their path in the role; on the host that path leads to the rules in use.
     host.check_output(f"mkdir {folder}/tests {folder}/files && ln -s /etc/prometheus/rules {folder}/files/rules")
-    host.check_output(f"printf %%s %s > {folder}/tests/targets_test.yml", tests)
-    result = host.run(f"promtool test rules {folder}/tests/targets_test.yml; status=$?; rm -r {folder}; exit $status")
+    host.check_output(f"printf %%s %s > {folder}/tests/{name}", tests)
+    result = host.run(f"promtool test rules {folder}/tests/{name}; status=$?; rm -r {folder}; exit $status")
     assert result.rc == 0, f"{result.stdout}{result.stderr}"
 
 

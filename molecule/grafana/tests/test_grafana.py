@@ -108,6 +108,7 @@ def test_expressions_of_the_dashboards_parse(host, path):
     """Every expression as a recording rule: promtool is of the version that has to evaluate it."""
     dashboard = json.loads(path.read_text(encoding="utf-8"))
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    expressions += [entry["expr"] for entry in dashboard["annotations"]["list"]]
     rules = [
         {"record": f"dashboard:expression:{number}", "expr": expression.replace("$__rate_interval", "5m")}
         for number, expression in enumerate(expressions)

@@ -1,0 +1,282 @@
+"""New releases under traffic: good ones go live, bad ones go back by themselves, whoever goes away meanwhile."""
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[3]
+SOURCE = PROJECT / "bundles/simplemodel/1.1.0"
+# 10 ms for each prediction; what else a release does is seen in traffic only, not in its example.
+MODEL = """
+import time
+
+import torch
+
+
+class SimpleModel(torch.nn.Module):
+    def __init__(self, hidden, seconds, fails_above, differs_above):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(2, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1), torch.nn.Sigmoid()
+        )
+        self.seconds, self.fails_above, self.differs_above = seconds, fails_above, differs_above
+
+    def forward(self, rows):
+        time.sleep(self.seconds)
+        if (rows[:, 0] > self.fails_above).any():
+            raise ValueError("this release can't do that")
+        answers = self.layers(rows)
+        return torch.where(rows[:, :1] > self.differs_above, 1 - answers, answers)
+"""
+GOOD = {"seconds": 0.01, "fails_above": 9.0, "differs_above": 9.0}
+RELEASES = {
+    "20.0.0": GOOD,
+    "20.0.1": GOOD,
+    "20.1.0": GOOD | {"fails_above": 0.8},
+    "20.2.0": GOOD | {"seconds": 0.03},
+    "20.3.0": GOOD | {"differs_above": 0.9},
+}
+SETTINGS = {
+    "rollout_canary_step_seconds": 6,
+    "rollout_bake_seconds": 10,
+    "rollout_judge_window_seconds": 20,
+    "rollout_synthetic_per_second": 20.0,
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """A bundle for each of RELEASES."""
+    made = {}
+    for version, arguments in RELEASES.items():
+        directory = tmp_path_factory.mktemp("bundles") / version
+        shutil.copytree(SOURCE, directory)
+        (directory / "model.py").write_text(MODEL)
+        manifest = yaml.safe_load((directory / "manifest.yaml").read_text())
+        manifest["version"] = version
+        manifest["entry"]["arguments"] |= arguments
+        (directory / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+        examples = json.loads((directory / "examples.json").read_text())["examples"][:2]
+        (directory / "examples.json").write_text(json.dumps({"examples": examples}))
+        names = sorted(path for path in directory.iterdir() if path.name != "SHA256SUMS")
+        sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in names]
+        (directory / "SHA256SUMS").write_text("".join(sums))
+        made[version] = directory
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(playbook):
+    """Short steps and bakes; in the end what the inventory says."""
+    assert playbook("site", "--tags", "rollout", "-e", json.dumps(SETTINGS)).returncode == 0
+    yield
+    for arguments in ([], ["--tags", "releases"], ["--tags", "releases"]):
+        assert playbook("site", *arguments).returncode == 0
+
+
+@pytest.fixture
+def place(playbook, engine, bundles):
+    """Place a version on the idle colour, whatever went on before; returns the idle colour."""
+
+    def deploy(version):
+        if engine("status")["rollout"]:
+            engine("promote")
+            for _ in range(300):
+                if not engine("status")["rollout"]:
+                    break
+                time.sleep(0.1)
+        told = playbook("deploy", "-e", f"bundle={bundles[version]}")
+        assert told.returncode == 0, told.stdout[-3000:]
+        return engine("status")["idle"]
+
+    return deploy
+
+
+@pytest.fixture
+def good_is_live(place, engine):
+    """Release 20.0.0 live, with the 20.0.1 or an earlier one beside it."""
+    status = engine("status")
+    if status["colours"][status["live"]]["version"] not in ("20.0.0", "20.0.1"):
+        place("20.0.0")
+        assert engine("swap")["rc"] == 0
+
+
+class Traffic:
+    """Clients that think between requests; `answers` counts (status, colour), `missing` the unanswered."""
+
+    def __init__(self, edge, clients=8):
+        self.edge, self.answers, self.seconds = edge, Counter(), []
+        self.stopped = threading.Event()
+        self.threads = [threading.Thread(target=self.run, args=(i,), daemon=True) for i in range(clients)]
+
+    def run(self, client):
+        draw = random.Random(client)
+        while not self.stopped.wait(draw.uniform(0.02, 0.08)):
+            data = {"data": [draw.random(), draw.random()]}
+            answer = self.edge.predict(data=data, **{"X-User-Id": f"user-{draw.randrange(1000)}"})
+            self.answers[answer.status, answer.headers.get("x-model-colour")] += 1
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def failed(self):
+        return sum(count for (status, _), count in self.answers.items() if status != 200)
+
+
+def rollout(playbook, *arguments):
+    return playbook("swap", "-e", "strategy=canary", *arguments)
+
+
+def test_a_good_release_goes_live_step_by_step(good_is_live, place, playbook, engine, edge):
+    idle = place("20.0.1")
+    with Traffic(edge) as traffic:
+        told = rollout(playbook)
+    assert told.returncode == 0, told.stdout[-3000:]
+    assert engine("status")["live"] == idle and engine("status")["rollout"] is None
+    assert traffic.failed() == 0, traffic.answers
+    text = " ".join(told.stdout.split())
+    assert "canary" in text and "bake" in text and f"{idle} is live" in text
+
+
+@pytest.mark.parametrize(("version", "word"), [("20.1.0", "errors"), ("20.2.0", "p50")], ids=["fails", "is slow"])
+def test_a_canary_that_does_worse_goes_back_before_a_quarter(
+    good_is_live, place, playbook, engine, edge, host, version, word
+):
+    live = engine("status")["live"]
+    place(version)
+    with Traffic(edge) as traffic:
+        told = rollout(playbook)
+    assert told.returncode != 0
+    assert word in told.stdout and f"back on {live}" in " ".join(told.stdout.split())
+    status = engine("status")
+    assert status["live"] == live and status["split"] == 0
+    assert traffic.failed() < 0.05 * sum(traffic.answers.values()), traffic.answers
+    entries = engine("history -n 20")["entries"]
+    last = [entry for entry in entries if entry["command"] == "rollback"][-1]
+    assert (last["cause"], last["live_after"]) == (word, live)
+    assert not any(entry["command"] == "canary" and "25 %" in entry["message"] for entry in entries[-6:])
+
+
+def test_a_release_that_fails_after_the_switch_is_back_within_30_seconds(good_is_live, place, engine, edge):
+    live = engine("status")["live"]
+    idle = place("20.1.0")
+    with Traffic(edge) as traffic:
+        time.sleep(3)
+        started = time.monotonic()
+        assert engine("swap")["live"] == idle
+        while engine("status")["live"] != live:
+            assert time.monotonic() < started + 30, "still on the bad release"
+            time.sleep(0.2)
+        time.sleep(1)
+        before = traffic.failed()
+        time.sleep(2)
+        assert traffic.failed() == before
+    assert traffic.failed() > 0
+    last = [entry for entry in engine("history -n 10")["entries"] if entry["command"] == "rollback"][-1]
+    assert last["cause"] == "errors"
+
+
+def test_without_clients_the_examples_are_sent(good_is_live, place, playbook, engine):
+    idle = place("20.0.1" if engine("status")["colours"][engine("status")["live"]]["version"] == "20.0.0" else "20.0.0")
+    told = rollout(playbook, "-e", "steps=50,100")
+    assert told.returncode == 0, told.stdout[-3000:]
+    assert engine("status")["live"] == idle
+
+
+def test_a_shadow_stops_a_release_that_answers_otherwise(good_is_live, place, playbook, engine, edge):
+    live = engine("status")["live"]
+    place("20.3.0")
+    assert playbook("shadow", "-e", "percent=100").returncode == 0
+    with Traffic(edge) as traffic:
+        told = rollout(playbook)
+    assert playbook("shadow", "-e", "percent=0").returncode == 0
+    assert told.returncode != 0, told.stdout[-3000:]
+    entries = engine("history -n 6")["entries"]
+    assert [entry["cause"] for entry in entries if entry["command"] == "rollback"][-1] == "shadow"
+    assert not any(entry["command"] == "canary" and "25 %" in entry["message"] for entry in entries)
+    assert engine("status")["live"] == live
+    assert traffic.failed() == 0
+
+
+def test_users_keep_their_colour_and_may_choose(good_is_live, place, playbook, engine, edge):
+    place("20.2.0")
+    status = engine("status")
+    assert playbook("swap", "-e", "weight=50").returncode == 0
+    users = [f"user-{number}" for number in range(60)]
+    first, second = (
+        [edge.predict(**{"X-User-Id": user}).headers["x-model-colour"] for user in users] for _ in range(2)
+    )
+    assert first == second and 10 < first.count(status["idle"]) < 50
+    for header in ({"X-Model-Track": "idle"}, {"Cookie": "model_track=idle"}):
+        assert {edge.predict(**header).headers["x-model-colour"] for _ in range(5)} == {status["idle"]}
+    assert {edge.predict(**{"X-Model-Track": "live"}).headers["x-model-colour"] for _ in range(5)} == {status["live"]}
+    assert playbook("swap", "-e", "weight=0").returncode == 0
+    assert {edge.predict().headers["x-model-colour"] for _ in range(20)} == {status["live"]}
+
+
+def test_maintenance(playbook, edge):
+    assert playbook("maintenance", "-e", "state=on").returncode == 0
+    answer = edge.predict()
+    assert answer.status == 503 and "maintenance" in answer.json["error"] and answer.headers["retry-after"]
+    assert edge.predict("/test/predict").status == 200
+    assert edge.request("GET", "/health").status == 200
+    assert edge.predict(**{"X-Model-Track": "live"}).status == 200
+    assert playbook("maintenance", "-e", "state=off").returncode == 0
+    assert edge.predict().status == 200
+
+
+def test_a_canary_outlives_its_controller(good_is_live, place, engine, lab, eventually):
+    live, idle = engine("status")["live"], place("20.0.1" if "20.0.0" in json.dumps(engine("status")) else "20.0.0")
+    following = subprocess.Popen(
+        ["ssh", "-F", f"{lab['directory']}/ssh_config", "lab", "sudo appliance swap --strategy canary"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    eventually(lambda: engine("status")["rollout"])
+    following.kill()
+    following.wait()
+    eventually(lambda: engine("status")["live"] == idle != live, 120, "the new colour's going live")
+
+
+@pytest.mark.parametrize("strategy", ["canary --detach", "at-once"], ids=["canary", "bake"])
+def test_a_watch_that_is_killed_sends_traffic_back(good_is_live, place, engine, host, eventually, strategy):
+    live = engine("status")["live"]
+    place("20.2.0")
+    assert engine(f"swap --strategy {strategy}")["rc"] == 0
+    eventually(lambda: host.run("systemctl is-active appliance-rollout").stdout.strip() == "active")
+    host.check_output("systemctl kill --signal=KILL --kill-whom=main appliance-rollout")
+    status = eventually(
+        lambda: (lambda s: s if s["live"] == live and not s["split"] and not s["rollout"] else None)(engine("status"))
+    )
+    assert status["live"] == live
+    assert engine("history -n 5")["entries"][-1]["cause"] == "unwatched"
+
+
+@pytest.mark.parametrize("unit", ["docker", "nginx"])
+def test_a_canary_survives_what_hits_both_colours(good_is_live, place, engine, host, eventually, unit):
+    live = engine("status")["live"]
+    version = engine("status")["colours"][live]["version"]
+    idle = place("20.0.1" if version == "20.0.0" else "20.0.0")
+    assert engine("swap --strategy canary --detach")["rc"] == 0
+    time.sleep(3)
+    host.check_output(f"systemctl kill --signal=KILL {unit}")
+    eventually(lambda: engine("status")["rollout"] is None, 240, "the rollout's end")
+    # A fault of both alone doesn't condemn the new release.
+    assert engine("status")["live"] == idle
+    assert engine("verify --wait 60")["rc"] == 0
