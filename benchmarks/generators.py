@@ -90,13 +90,13 @@ def parse_wrk(output: str) -> Closed:
     return Closed(found["seconds"], answered, found["refused"], found["broken"])
 
 
-def ab(url: str, body: Body, requests: int, connections: int) -> Ab:
-    """Post `body` `requests` times, each on a connection of its own, `connections` at a time."""
+def ab(url: str, body: Body, requests: int, connections: int, *options: str) -> Ab:
+    """Post `body` `requests` times, each on a connection of its own, `connections` at a time; `options` are ab's."""
     with tempfile.TemporaryDirectory() as folder:
         file, percentiles = Path(folder) / "body", Path(folder) / "percentiles.csv"
         file.write_bytes(body.data)
         # -l: rows of one batch may differ from a lone row in the last digit, and so in length.
-        command = ["ab", "-q", "-l", "-s", "30", "-n", str(requests), "-c", str(connections)]
+        command = ["ab", "-q", "-l", "-s", "30", *options, "-n", str(requests), "-c", str(connections)]
         command += ["-p", str(file), "-T", body.content_type, "-e", str(percentiles), url]
         output = run(command, _AB_SECONDS)
         return parse_ab(output, percentiles.read_text())

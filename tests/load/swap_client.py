@@ -7,7 +7,8 @@ loses nothing of theirs. Applications think between two requests. Here every cli
 
 * `naive` writes without looking whether the server has closed; a reset or an end of file in place of an answer is a
   failed request, as it is for any client that may not repeat a POST;
-* `checks_eof` looks first, as urllib3 does, and opens another connection where the old one was closed.
+* `checks_eof` looks first, as urllib3 does, and opens another connection where the old one was closed;
+* `closes` has no pool: each request is on a connection of its own, and says so.
 
 All times in records are seconds of the monotonic clock; names that end in `_ms` are milliseconds.
 """
@@ -26,13 +27,15 @@ import select
 import socket
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from urllib.parse import urlsplit
 
-KINDS = ("naive", "checks_eof")
+KINDS = ("naive", "checks_eof", "closes")
 PROBE = "probe"
 COLOUR_HEADER = "x-model-colour"
 VERSION_HEADER = "x-model-version"
@@ -66,9 +69,10 @@ class Switch:
 
     begin: before this only the earlier colour may answer; instant: the rename; done: reported complete, from here on
     a request that starts must be answered by `to`. `source` says where the instant comes from: `reported` by the
-    program that switched; `link`, the change time of the renamed link, up to a kernel tick (4 ms) early; or `begin`,
-    where nothing better is known and the time to the first answer is an upper bound. `reported_ms`: what the host
-    itself measured from the switch to the first answer, in milliseconds.
+    program that switched; `link`, the change time of the renamed link, up to a kernel tick (4 ms) early; `begin`,
+    where nothing better is known and the time to the first answer is an upper bound; or `unasked`, where somebody else
+    switched at some time between `begin` and `done`. `reported_ms`: what the host itself measured from the switch to
+    the first answer, in milliseconds.
     """
 
     to: str
@@ -267,7 +271,7 @@ class _Client:
                     await connection.open()
                     connecting = False
                     # The probe closes its own connection after every watch.
-                    if connection.opened > 1 and self.kind != PROBE:
+                    if connection.opened > 1 and self.kind not in (PROBE, "closes"):
                         self._load.reconnects += 1
                 reply = await connection.exchange(self._load.request_bytes)
         except TimeoutError:
@@ -290,6 +294,7 @@ class _Client:
         if record.status is None:
             connection.close()
         self._load.records.append(record)
+        self._load.failed += record.failure is not None
         return record
 
     def close(self) -> None:
@@ -320,11 +325,13 @@ class SwapLoad:
         self.settings = settings
         self.address = loopback_address(settings.url)
         host = urlsplit(settings.url).netloc
+        connection = "Connection: close\r\n" if settings.kind == "closes" else ""
         self.request_bytes = (
-            f"POST {settings.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            f"POST {settings.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{connection}"
             f"Content-Length: {len(settings.body)}\r\n\r\n"
         ).encode("latin-1") + settings.body
         self.records: list[Record] = []
+        self.failed = 0
         self.reconnects = 0
         self.stopping = False
         self.cpu_share = 0.0
@@ -372,12 +379,12 @@ class SwapLoad:
             self._probing.clear()
 
     async def first_answer_by(self, colour: str, since: float, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` seconds for an answer by `colour` to a request that started after `since`."""
+        """Wait up to `timeout_s` seconds for an answer by `colour` to a probe that started after `since`."""
         limit = time.monotonic() + timeout_s
         seen = len(self.records)
         while True:
             for record in self.records[max(0, seen - 1000) :]:
-                if record.colour == colour and record.start >= since and record.failure is None:
+                if record.kind == PROBE and record.colour == colour and record.start >= since and not record.failure:
                     return True
             seen = len(self.records)
             if time.monotonic() > limit:
@@ -427,14 +434,17 @@ def wrong_colour(records: Iterable[Record], switches: Sequence[Switch], initial:
         allowed.append((colour, since, switch.done))
         colour, since = switch.to, switch.begin
     allowed.append((colour, since, math.inf))
-    return [
-        record
-        for record in records
-        if record.failure is None
-        and not any(
-            record.colour == colour and record.end >= since and record.start < until for colour, since, until in allowed
-        )
-    ]
+    untils = [until for *_, until in allowed]
+
+    def was_allowed(record: Record) -> bool:
+        for colour, since, _ in allowed[bisect_right(untils, record.start) :]:
+            if since > record.end:
+                return False
+            if colour == record.colour:
+                return True
+        return False
+
+    return [record for record in records if record.failure is None and not was_allowed(record)]
 
 
 def describe_switches(records: Sequence[Record], switches: Sequence[Switch], initial: str | None) -> list[dict]:
@@ -445,15 +455,15 @@ def describe_switches(records: Sequence[Record], switches: Sequence[Switch], ini
     after the switch was reported complete, and answered by the old colour.
     """
     described = []
-    good = [record for record in records if record.failure is None]
+    good = sorted((record for record in records if record.failure is None), key=attrgetter("start"))
+    starts = [record.start for record in good]
     for index, switch in enumerate(switches):
         old = switches[index - 1].to if index else initial
         earlier = switches[index - 1].done if index else -math.inf
         until = switches[index + 1].begin if index + 1 < len(switches) else math.inf
-        new_ends = [
-            r.end for r in good if r.colour == switch.to and r.start >= earlier and switch.begin <= r.end <= until
-        ]
-        old_starts = [r.start for r in good if r.colour == old and earlier <= r.start and r.end < until]
+        near = good[bisect_left(starts, earlier) : bisect_right(starts, until)]
+        new_ends = [r.end for r in near if r.colour == switch.to and switch.begin <= r.end <= until]
+        old_starts = [r.start for r in near if r.colour == old and r.end < until]
         described.append(
             {
                 "to": switch.to,

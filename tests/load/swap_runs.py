@@ -16,6 +16,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from swap_client import Settings, Summary, SwapLoad, Switch, monotonic_from_wall, summarise
 
@@ -26,6 +27,8 @@ SWITCH_MS_KEY = "switch_ms"
 ROUTING_LINK = "/var/lib/appliance/routing/current"
 APPLIANCE = ("sudo", "appliance")
 RELOAD_COMMAND = "sudo systemctl reload nginx"
+# Whoever watches what the last swap has brought takes the engine's lock for a moment now and then.
+LOCK_WAIT_S = 10
 # How far outside of its command's run an instant may lie before the two machines' clocks count as different.
 CLOCK_SLACK_S = 0.005
 
@@ -111,6 +114,10 @@ class Host:
         """Standard output of a root shell that reads `text`: no quoting to lose on the way through SSH."""
         return (await self.run("sudo", "sh", "-s", stdin=text, timeout_s=timeout_s)).stdout
 
+    async def change(self, command: str, check: bool = True) -> Completed:
+        """Run a command of the engine's that changes something."""
+        return await self.run(*APPLIANCE, command, "--json", "--lock-wait", str(LOCK_WAIT_S), check=check)
+
     async def status(self) -> dict:
         """`appliance status --json`, whatever its exit status says about health."""
         return (await self.run(*APPLIANCE, "status", "--json", check=False)).json()
@@ -155,6 +162,32 @@ async def settled_status(host: Host) -> dict:
     return status
 
 
+async def swap_once(host: Host, load: SwapLoad, idle: str) -> Switch:
+    """Make the idle colour live, watched by the load's probe until a later request has its answer.
+
+    `idle` is what that colour should be; the switch says what it was.
+    """
+    async with load.probing():
+        done = await host.change("swap")
+        answer = done.json()
+        if not answer.get("ok") or not answer.get("changed"):
+            raise HostError(f"the swap to {idle}: {answer.get('message')!r}")
+        link_changed = None if SWITCHED_AT_KEY in answer else await link_changed_at(host)
+        switch = switch_from(done, answer.get("live", idle), link_changed)
+        # Requests that start after the command reported success are what the wrong-colour count is about.
+        if not await load.first_answer_by(switch.to, done.end, timeout_s=5):
+            raise HostError(f"the swap to {switch.to}: no answer by it within 5 s of its success")
+    return switch
+
+
+async def reload_once(host: Host, load: SwapLoad, command: str) -> None:
+    """Reload the edge in place of a swap, watched by the load's probe."""
+    async with load.probing():
+        await host.run(*shlex.split(command))
+        # A reload is asynchronous: old workers close their idle connections about 100 ms after the signal.
+        await asyncio.sleep(0.3)
+
+
 async def run_swaps(
     host: Host,
     settings: Settings,
@@ -171,16 +204,9 @@ async def run_swaps(
         await asyncio.sleep(1.0)
         for number in range(swaps):
             to = other if number % 2 == 0 else initial
-            async with load.probing():
-                done = await host.run(*APPLIANCE, "swap", "--json")
-                answer = done.json()
-                if not answer.get("ok") or not answer.get("changed"):
-                    raise HostError(f"swap {number + 1} of {swaps} to {to}: {answer.get('message')!r}")
-                link_changed = None if SWITCHED_AT_KEY in answer else await link_changed_at(host)
-                switches.append(switch_from(done, to, link_changed))
-                # Requests that start after the command reported success are what the wrong-colour count is about.
-                if not await load.first_answer_by(to, done.end, timeout_s=5):
-                    raise HostError(f"swap {number + 1} of {swaps}: no answer by {to} within 5 s of its success")
+            switches.append(await swap_once(host, load, to))
+            if switches[-1].to != to:
+                raise HostError(f"swap {number + 1} of {swaps} wasn't to {to}: somebody else swapped too")
             await asyncio.sleep(pauses.uniform(*pause_s))
     live = (await host.status()).get("live")
     expected = initial if swaps % 2 == 0 else other
@@ -202,15 +228,19 @@ async def run_reloads(
     async with SwapLoad(settings) as load:
         await asyncio.sleep(1.0)
         for _ in range(reloads):
-            async with load.probing():
-                await host.run(*shlex.split(command))
-                # A reload is asynchronous: old workers close their idle connections about 100 ms after the signal.
-                await asyncio.sleep(0.3)
+            await reload_once(host, load, command)
             await asyncio.sleep(pauses.uniform(*pause_s))
     return summarise(load)
 
 
-def write_report(path: Path, name: str, summary: Summary, **more: object) -> None:
+class Figures(Protocol):
+    """What a report is made of."""
+
+    def as_dict(self) -> dict:
+        """Figures that JSON can hold, by name."""
+
+
+def write_report(path: Path, name: str, summary: Figures, **more: object) -> None:
     """Write a run's figures as JSON; `reports/` isn't kept in version control."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"name": name, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **more, **summary.as_dict()}
