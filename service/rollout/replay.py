@@ -32,9 +32,7 @@ _MARK = "-shadow"
 _REQUEST_ID_LENGTH = 64
 _LONGEST_TIMEOUT_SECONDS = 3600
 # Those of nginx and of its connection, and those that a copy gets anew.
-_NOT_COPIED = frozenset(
-    ("connection", "content-length", "host", "x-request-id", "x-request-timeout", "x-shadow-method", "x-shadow-path")
-)
+_NOT_COPIED = frozenset(("connection", "content-length", "host", "x-request-id", "x-request-timeout", "x-shadow-path"))
 # An overloaded colour says so; a copy whose turn came too late was never computed.
 _OVERLOADED, _TOO_LATE = 503, 504
 
