@@ -107,7 +107,8 @@ def good_is_live(place, engine):
     status = engine("status")
     if status["colours"][status["live"]]["version"] not in ("20.0.0", "20.0.1"):
         place("20.0.0")
-        assert engine("swap")["rc"] == 0
+        # Slower than what the inventory has, which its bake would find out.
+        assert engine("swap")["rc"] == 0 and engine("promote")["rc"] == 0
 
 
 class Traffic:
