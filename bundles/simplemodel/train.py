@@ -16,7 +16,11 @@ from pathlib import Path
 import torch
 import yaml
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "service"))
+from model_server import reference  # noqa: E402
+
 HERE = Path(__file__).resolve().parent
+FEATURES = ["x1", "x2"]
 TOLERANCE = 1e-4
 EXAMPLE_ROWS = ([0.2, 0.6], [0.0, 0.0], [1.0, -1.0], [-0.8, 1.2], [1.5, 1.5])
 
@@ -129,12 +133,16 @@ def write_bundle(directory: Path, recipe: Recipe) -> None:
         "description": recipe.description,
         "entry": {"file": "model.py", "class": "SimpleModel", "arguments": {"hidden": recipe.hidden}},
         "weights": "weights.pth",
-        "input": {"shape": [2], "dtype": "float32", "features": ["x1", "x2"]},
+        "input": {"shape": [2], "dtype": "float32", "features": FEATURES},
         "output": {"shape": [1], "dtype": "float32"},
         "batching": {"max_rows": 64},
         "metrics": {"accuracy": round(accuracy(model), 4)},
+        "reference": reference.FILE,
     }
     (directory / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False, default_flow_style=None))
+    points, _ = sample(recipe.rows, seed=1)
+    training_rows = dict(zip(FEATURES, points.T.tolist(), strict=True))
+    (directory / reference.FILE).write_text(reference.to_text(reference.measure(training_rows)))
     (directory / "model.py").write_text(MODEL_SOURCE)
     torch.save(model.state_dict(), directory / "weights.pth")
     (directory / "examples.json").write_text(json.dumps({"examples": examples(model)}, indent=1) + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from model_server import loading, modules, payload
+from model_server import loading, modules, payload, reference, training_rows
 from model_server.bundle import CHECKSUMS, EXAMPLES, MANIFEST, Bundle, BundleError, read, read_draft
 from model_server.core import Models
 from model_server.errors import ModelFailed
@@ -87,6 +87,33 @@ def record(directory: Path, body: bytes, tolerance: float) -> dict[str, Any]:
     _write_examples(directory, [*examples, example])
     write_sums(directory)
     return example
+
+
+def write_reference(directory: Path, rows: Path) -> str:
+    """Write ``reference.json`` from a file of training rows, and name it in the manifest; what it is of.
+
+    Raises BundleError.
+    """
+    bundle = read_draft(directory)
+    if bundle.parts:
+        raise BundleError(f"{bundle.label} holds several models; give the directory of one of them")
+    spec = bundle.input
+    if spec.kind != "tensor" or len(spec.shape) != 1:
+        raise BundleError(f"{bundle.label}: a reference is for inputs that are one list of numbers a row")
+    try:
+        columns = training_rows.read(rows, spec.features, spec.shape[0], spec.dtype)
+        document = reference.measure(columns)
+        text = reference.to_text(document)
+        reference.parse(text.encode())
+    except ValueError as error:
+        raise BundleError(f"{rows.name}: {error}") from None
+    manifest = (directory / MANIFEST).read_text()
+    named = yaml.safe_load(manifest).get("reference")
+    _replace(directory / (named or reference.FILE), text)
+    if named is None:
+        _replace(directory / MANIFEST, f"{manifest.rstrip()}\nreference: {reference.FILE}\n")
+    write_sums(directory)
+    return f"{named or reference.FILE}: {document['count']} rows of {', '.join(columns)}"
 
 
 def request_of(bundle: Bundle, body: bytes) -> Any:

@@ -16,6 +16,8 @@ import yaml
 from model_server.bodies import BytesSpec, JsonSpec
 from model_server.images import DEFAULT_MAX_PIXELS, MOST_PIXELS, ImageSpec
 from model_server.payload import DTYPES, ClassesSpec, InputSpec, OutputSpec, TensorSpec
+from model_server.reference import Reference
+from model_server.reference import parse as parse_reference
 
 MANIFEST = "manifest.yaml"
 EXAMPLES = "examples.json"
@@ -111,6 +113,7 @@ class Bundle:
     max_delay_ms: float
     metrics: dict[str, float]
     examples: tuple[Example, ...]
+    reference: Reference | None = None
     parts: tuple["Bundle", ...] = ()
 
     @property
@@ -268,10 +271,29 @@ def _parse(directory: Path, digest: str, manifest: bytes, examples: tuple[Exampl
         metrics=_metrics(top.take("metrics", {})),
         examples=examples,
     )
+    if top.has("reference") and digest:
+        bundle = replace(bundle, reference=_reference(top, bundle))
     for fields in (top, batching):
         fields.finish()
     _check_code(bundle)
     return bundle
+
+
+def _reference(top: "_Fields", bundle: Bundle) -> Reference:
+    name = top.file("reference", bundle.directory)
+    spec = bundle.input
+    if not isinstance(spec, TensorSpec) or len(spec.shape) != 1:
+        raise _Problem(f"{MANIFEST}: reference can't be used here; it's for inputs that are one list of numbers a row")
+    try:
+        found = parse_reference(_read_file(bundle.directory, name))
+    except ValueError as error:
+        raise _Problem(f"{name}: {error}") from None
+    names = tuple(feature.name for feature in found.features)
+    if len(names) != spec.shape[0]:
+        raise _Problem(f"{name}: features has {len(names)} of them; the manifest's input has {spec.shape[0]}")
+    if spec.features and names != spec.features:
+        raise _Problem(f"{name}: features are {list(names)}; the manifest's input.features are {list(spec.features)}")
+    return found
 
 
 def _collection(directory: Path, digest: str, top: "_Fields", examples: tuple[Example, ...]) -> Bundle:

@@ -27,6 +27,8 @@ examples:
     bundle_tool init bundles/churn/1.0.0 --name churn --weights model.pt --weights-format torchscript --input-shape 2
   from a TorchServe archive:
     bundle_tool import churn.mar bundles/churn/1.0.0 --example request.json
+  what the model was trained on, so that drift is noticed:
+    bundle_tool reference bundles/churn/1.0.0 training.csv
   after a change, before a delivery:
     bundle_tool sums bundles/churn/1.0.0
     bundle_tool check bundles/churn/1.0.0
@@ -78,6 +80,13 @@ def _record(given: argparse.Namespace) -> None:
 
     _print_example(authoring.record(given.directory, _body(given.request), given.tolerance))
     print("Look whether the answer is right: from now on the model is held to it.")
+    print(f"Next: bundle_tool check {given.directory}")
+
+
+def _reference(given: argparse.Namespace) -> None:
+    from model_server import authoring
+
+    print(authoring.write_reference(given.directory, given.rows))
     print(f"Next: bundle_tool check {given.directory}")
 
 
@@ -205,6 +214,10 @@ def _parser() -> argparse.ArgumentParser:
         "--request", required=True, metavar="JSON|FILE|-", help="body of POST /predict, or an image or bytes as a file"
     )
     _add_tolerance(record)
+
+    reference = command("reference", _reference, "add statistics of the training rows to a bundle, to notice drift by")
+    reference.add_argument("directory", type=Path, help="the bundle")
+    reference.add_argument("rows", type=Path, metavar="CSV|NPY", help="the training rows, before any preprocessing")
 
     init = command("init", _init, "make a bundle from a model.py, weights, or both")
     init.add_argument("directory", type=Path, help="where the bundle goes; must not exist yet")

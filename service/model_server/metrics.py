@@ -18,6 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from model_server.bundle import Bundle
 from model_server.config import Config
+from model_server.features import reference_metrics
 from model_server.jobs.store import Store
 from model_server.state import SharedState
 
@@ -137,6 +138,9 @@ class ModelMetrics:
     def __init__(self, metrics: Metrics, model: str, labels: Sequence[str] = ()) -> None:
         self.ok = metrics.predictions.labels(model, "ok")
         self.error = metrics.predictions.labels(model, "error")
+        invalid, timeout = (metrics.predictions.labels(model, status) for status in ("invalid_input", "timeout"))
+        # What the rows of a rejected request count as; those that were never looked at are in no one's count.
+        self.refused = {"invalid": invalid, "too_large": invalid, "deadline": timeout}
         self.request_duration = metrics.request_duration.labels(model)
         self.queue_wait = metrics.queue_wait.labels(model)
         self.handler_duration = metrics.handler_duration.labels(model)
@@ -234,6 +238,7 @@ class _Facts:
     def __init__(self, config: Config, bundle: Bundle, state: SharedState) -> None:
         self._state = state
         self._constant = list(_constant_metrics(config, bundle))
+        self._models = bundle.models
         self._colour = config.colour
         self._jobs = None if config.jobs is None else Store(config.jobs)
 
@@ -242,7 +247,17 @@ class _Facts:
         workers.add_metric(["wanted"], self._state.wanted)
         workers.add_metric(["ready"], self._state.ready)
         restarts = CounterMetricFamily("model_worker_restarts", "Workers replaced.", value=self._state.restarts)
-        return [*self._constant, workers, restarts, *self._job_metrics()]
+        return [*self._constant, workers, restarts, *self._load_metrics(), *self._job_metrics()]
+
+    def _load_metrics(self) -> Iterable[Metric]:
+        if self._state.loaded is None:
+            return
+        family = GaugeMetricFamily(
+            "model_loaded_timestamp_seconds", "When the model was loaded.", labels=["model", "version"]
+        )
+        for model in self._models:
+            family.add_metric([model.name, model.version], self._state.loaded)
+        yield family
 
     def _job_metrics(self) -> Iterable[Metric]:
         if self._jobs is None:
@@ -264,6 +279,10 @@ def _constant_metrics(config: Config, bundle: Bundle) -> Iterator[Metric]:
         "What is served; always 1.",
         labels=["model", "version", "bundle", "bundle_version", "bundle_digest"],
     )
+    accuracy = GaugeMetricFamily(
+        "model_accuracy_ratio", "Accuracy measured by the training script, from 0 to 1.", labels=["model"]
+    )
+    samples = GaugeMetricFamily("model_accuracy_samples", "Rows that the accuracy was measured on.", labels=["model"])
     others = GaugeMetricFamily("model_training_metric", "Other metrics of the manifest.", labels=["model", "metric"])
     for model in bundle.models:
         info.add_metric([model.name, model.version, bundle.name, bundle.version, bundle.digest], 1)
@@ -271,11 +290,16 @@ def _constant_metrics(config: Config, bundle: Bundle) -> Iterator[Metric]:
             if name == "accuracy":
                 metric = "acc_" + model.name.replace("-", "_")
                 yield GaugeMetricFamily(metric, "Accuracy measured by the training script.", value=value)
+                # Some scripts measure in percent: that is no ratio.
+                if 0 <= value <= 1:
+                    accuracy.add_metric([model.name], value)
+            elif name == "accuracy_samples":
+                samples.add_metric([model.name], value)
             else:
                 others.add_metric([model.name, name], value)
     yield info
     yield GaugeMetricFamily(
         "model_queue_limit", "Requests that may wait for one model in one worker.", value=config.queue_limit
     )
-    if others.samples:
-        yield others
+    yield from (family for family in (accuracy, samples, others) if family.samples)
+    yield from reference_metrics(bundle.models)

@@ -32,7 +32,15 @@ _KINDS: dict[type, str] = {
 
 
 class BadRequest(ValueError):
-    """A body that can't be predicted on; the message is for the client and repeats none of its values."""
+    """A body that can't be predicted on; the message is for the client and repeats none of its values.
+
+    ``column`` is where along the last dimension a number is at fault, where one is; ``is_missing`` where it is null.
+    """
+
+    def __init__(self, message: str, column: int | None = None, is_missing: bool = False) -> None:
+        super().__init__(message)
+        self.column = column
+        self.is_missing = is_missing
 
 
 class UnusableOutput(ValueError):
@@ -340,9 +348,9 @@ class _Check:
     def row(self, value: Any, where: str) -> None:
         self._part(value, self._spec.shape, where)
 
-    def _part(self, value: Any, shape: tuple[int, ...], where: str) -> None:
+    def _part(self, value: Any, shape: tuple[int, ...], where: str, column: int | None = None) -> None:
         if not shape:
-            self._number(value, where)
+            self._number(value, where, column)
             return
         if type(value) is not list:
             raise BadRequest(f"{where} must be a list of {shape[0]}, not {_KINDS[type(value)]}")
@@ -352,10 +360,10 @@ class _Check:
         for index, part in enumerate(value):
             # The innermost numbers are by far the most, so the good ones skip the call and the message.
             if inner or type(part) not in self._types or not self._low <= part <= self._high:
-                self._part(part, inner, f"{where}[{index}]")
+                self._part(part, inner, f"{where}[{index}]", index)
 
-    def _number(self, value: Any, where: str) -> None:
+    def _number(self, value: Any, where: str, column: int | None) -> None:
         if type(value) not in self._types:
-            raise BadRequest(f"{where} must be {self._wanted}, not {_KINDS[type(value)]}")
+            raise BadRequest(f"{where} must be {self._wanted}, not {_KINDS[type(value)]}", column, value is None)
         if not self._low <= value <= self._high:
-            raise BadRequest(f"{where} is out of the range of {self._spec.dtype}")
+            raise BadRequest(f"{where} is out of the range of {self._spec.dtype}", column)

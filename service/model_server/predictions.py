@@ -10,6 +10,7 @@ from typing import Any
 from model_server.core import Call, Refusal, Reply, Request, Route, client_seconds, plain_body
 from model_server.errors import ModelFailed
 from model_server.executor import Executor, overloaded
+from model_server.features import Features
 from model_server.logs import Log
 from model_server.metrics import Metrics, Tally
 from model_server.payload import BadRequest, NotFinite, UnusableOutput
@@ -20,6 +21,8 @@ _NOTHING: Mapping[str, str] = {}
 _CLOSE = b"Connection: close\r\n"
 _KEEP_ALIVE = b"Connection: Keep-Alive\r\n"
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
+# The appliance's own requests carry it: their rows say nothing about what clients ask.
+_PROBE = "X_APPLIANCE_PROBE"
 
 
 class Predictions:
@@ -31,6 +34,7 @@ class Predictions:
         executor: Executor,
         frame: Frame,
         metrics: Metrics,
+        features: Features,
         log: Log,
         max_body_bytes: int,
     ) -> None:
@@ -39,6 +43,7 @@ class Predictions:
         self._executor = executor
         self._frame = frame
         self._metrics = metrics
+        self._features = features
         self._tally = Tally()
         self._log = log
         self._lines = log.gather()
@@ -63,6 +68,7 @@ class Predictions:
         self._executor.deliver()
         self._executor.show_load()
         self._tally.flush()
+        self._features.turn()
         self._lines.flush()
         return others
 
@@ -98,6 +104,7 @@ class Predictions:
         except Exception as error:
             reply = self._as_reply(error, route, request_id)
             self._reject(groups.get("name"), error)
+            self._note_refused(groups.get("name"), raw, error)
             self._answer(channel, raw, route, request_id, started, reply, None)
             return
         if call.seconds is None:
@@ -116,6 +123,9 @@ class Predictions:
         metrics = self._metrics.of(call.model.name)
         if isinstance(result, Reply):
             reply = result
+            features = self._features.of(call.model.name)
+            if features is not None and _PROBE not in raw.headers:
+                features.add(call.rows)
             self._tally.count(metrics.ok, len(call.rows))
             seconds = time.perf_counter() - call.received
             self._tally.observe(metrics.request_duration, seconds)
@@ -124,17 +134,27 @@ class Predictions:
         else:
             reply = self._as_reply(result, route, call.request_id)
             if isinstance(result, Refusal):
-                self._reject(call.model.name, result)
+                self._reject(call.model.name, result, len(call.rows))
             else:
                 self._tally.count(metrics.error, len(call.rows))
         self._answer(channel, raw, route, call.request_id, call.received, reply, call)
 
-    def _reject(self, name: str | None, error: Exception) -> None:
+    def _reject(self, name: str | None, error: Exception, rows: int = 1) -> None:
+        # Nobody knows how many rows a request has that can't be read: it counts as one.
         reason = error.reason if isinstance(error, Refusal) else "invalid" if isinstance(error, BadRequest) else None
         if reason is not None:
             # A request that names no model, or one that isn't served, is the first one's.
             model = name if name in self._executor.names else self._frame.model
-            self._tally.count(self._metrics.of(model).rejected[reason])
+            metrics = self._metrics.of(model)
+            self._tally.count(metrics.rejected[reason])
+            if reason in metrics.refused:
+                self._tally.count(metrics.refused[reason], rows)
+
+    def _note_refused(self, name: str | None, raw: Any, error: Exception) -> None:
+        features = self._features.of(name or self._frame.model)
+        column = error.column if isinstance(error, BadRequest) else None
+        if features is not None and column is not None and _PROBE not in raw.headers:
+            features.refuse(column, error.is_missing)
 
     def _as_reply(self, error: Exception, route: Route, request_id: str) -> Reply:
         # A request that fits, but for which the model has no answer that JSON can hold, is the client's to change too.

@@ -20,7 +20,7 @@ class SharedState:
     killed can't leave one locked.
     """
 
-    _PHASE, _RESTARTS, _FIRST_WORKER = 0, 1, 2
+    _PHASE, _RESTARTS, _LOADED, _FIRST_WORKER = 0, 1, 2, 3
     # For each worker: ready, the start of the prediction that runs, the last turn of its server's loop.
     _FIELDS = 3
 
@@ -46,6 +46,15 @@ class SharedState:
     def count_restart(self) -> None:
         """Called by the parent alone."""
         self._cells[self._RESTARTS] += 1
+
+    @property
+    def loaded(self) -> float | None:
+        """When the models had been loaded, in seconds since the epoch, or None; written by the parent alone."""
+        return self._cells[self._LOADED] / 1e9 or None
+
+    def set_loaded(self) -> None:
+        """Called by the parent, now that they have."""
+        self._cells[self._LOADED] = time.time_ns()
 
     @property
     def ready(self) -> int:

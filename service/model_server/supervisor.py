@@ -124,6 +124,7 @@ class Supervisor:
             self._start(self._slots[0])
             started = time.monotonic()
             self._load_workers()
+            self._state.set_loaded()
             loaded = time.monotonic() - started
             self._log.info("model_loaded", f"{self._bundle.label} is loaded", seconds=round(loaded, 3))
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -15,6 +15,7 @@ from model_server.config import Config
 from model_server.control import create_blueprint, health
 from model_server.core import Models, Refusal, Route
 from model_server.executor import Executor
+from model_server.features import Features
 from model_server.logs import Log
 from model_server.metrics import Metrics
 from model_server.predictions import Predictions
@@ -63,7 +64,8 @@ def run_worker(
     routes = prediction_routes(models)
     frame = Frame(config, bundle, metrics, log)
     executor = Executor(models, config.queue_limit, metrics, functools.partial(state.set_busy, index))
-    predictions = Predictions(routes, executor, frame, metrics, log, config.max_body_bytes)
+    features = Features(bundle.models)
+    predictions = Predictions(routes, executor, frame, metrics, features, log, config.max_body_bytes)
     app = create_worker_app(frame, log, routes)
     app.register_blueprint(create_blueprint(config, bundle, state, metrics_directory))
     has_jobs = config.jobs is not None
@@ -75,7 +77,9 @@ def run_worker(
     signal.signal(signal.SIGTERM, server.stop)
     state.set_ready(index)
     log.info("worker_ready", f"worker {index} is ready", worker=index)
-    if not server.run(config.drain_seconds, functools.partial(state.beat, index)):
+    in_time = server.run(config.drain_seconds, functools.partial(state.beat, index))
+    features.fold()
+    if not in_time:
         log.warning("drain_incomplete", f"requests were cut off after {config.drain_seconds} s", worker=index)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rollout import config as configuration
-from rollout import host, plan
+from rollout import host, plan, requestlog
 from rollout.drain import drain
 from rollout.errors import ApplianceError, Interrupted, NeedsRoot, UsageError, describe_os_error
 from rollout.follow import follow
@@ -201,6 +201,12 @@ def build_parser() -> argparse.ArgumentParser:
         "appliance-rollout.service runs this. When it ends before the rollout has, traffic goes back.",
     )
     watch.add_argument("--settle", action="store_true", help="send traffic back where a rollout is left unwatched")
+    logs = command(
+        "logs",
+        "one request in the logs of nginx and of the model",
+        "Prints what nginx and the colours logged about a request, by its answer's X-Request-ID. Inputs aren't logged.",
+    )
+    logs.add_argument("request_id", type=_request_id, metavar="REQUEST_ID")
     history = command("history", "what happened, newest last")
     history.add_argument("-n", type=_count, default=20, metavar="N", help="how many entries (default 20)")
     return parser
@@ -239,6 +245,8 @@ def _run(options: argparse.Namespace) -> Result:
         return engine.verify(options.wait)
     if name == "history":
         return engine.history(options.n)
+    if name == "logs":
+        return requestlog.find(config, options.request_id)
     if name == "deploy":
         dry = options.dry_run
         command = f"deploy {tidy(options.colour, 40)}"
@@ -364,6 +372,12 @@ def _seconds(text: str) -> float:
     if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError("must be from 0 to 86400 seconds")
     return value
+
+
+def _request_id(text: str) -> str:
+    if not requestlog.REQUEST_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError("must be 1 to 64 letters, digits, dots, hyphens and underscores")
+    return text
 
 
 def _steps(text: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
-"""The dashboards that the role grafana ships: what can be said about them without a Grafana.
+"""The dashboards that the role grafana ships: what can be said about them without a Grafana and without a host.
 
-Whether each expression parses is checked where promtool is: on a provisioned host (molecule/grafana/tests).
+Whether promtool understands each expression, and whether it has an answer, is checked where there is a Prometheus: on a
+provisioned host (molecule/grafana/tests).
 """
 
 import itertools
@@ -9,13 +10,29 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-ROLE = Path(__file__).resolve().parents[2] / "roles/grafana"
-DASHBOARDS = sorted((ROLE / "files/dashboards").glob("*.json"))
-PANEL_TYPES = {"timeseries", "stat", "gauge", "bargauge", "table", "heatmap", "state-timeline", "text", "row"}
+from roles.grafana.dashboards import __main__ as generator
+from roles.grafana.dashboards.builder import Dashboard, Query, Row, stat, timeseries
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARDS = sorted((ROOT / "roles/grafana/files/dashboards").glob("*.json"))
+EXPECTED = {f"appliance-{name}" for name in ("overview", "serving", "colours", "drift", "host", "edge", "monitoring")}
+PANEL_TYPES = {"timeseries", "stat", "bargauge", "table", "heatmap", "state-timeline", "row"}
 DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
-# Metrics with a name of their own; every other metric of the model service starts with model_ (docs/contracts.md).
-OWN_NAMES = {"predictions_total", "prediction_duration_seconds_bucket", "http_requests_total", "up", "ALERTS"}
+DOCUMENTS = [
+    path for name in ("contracts", "jobs", "drift", "monitoring") if (path := ROOT / f"docs/{name}.md").exists()
+]
+EXPORTERS = Path(__file__).with_name("exporter_metrics.txt")
+EDGE_LOG = ROOT / "roles/edgelog/templates/edge.mtail.j2"
+RULES = [
+    *sorted((ROOT / "roles/prometheus/files/rules").glob("*.yml")),
+    *sorted((ROOT / "roles/prometheus/templates").glob("*.yml.j2")),
+]
+# What the scrape adds, what every histogram has, and what an expression may make itself.
+LABELS_OF_ALL = {"job", "instance", "colour", "probe", "le", "__name__", "group"}
+OPERATORS = {"and", "or", "unless", "bool", "offset"}
+GRAFANA_OWN = {"__rate_interval"}
 
 
 def load(path):
@@ -23,7 +40,7 @@ def load(path):
 
 
 def data_panels(dashboard):
-    return [panel for panel in dashboard["panels"] if panel["type"] not in ("row", "text")]
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
 def expressions(dashboard):
@@ -31,13 +48,97 @@ def expressions(dashboard):
     return [entry["expr"] for entry in targets + dashboard["annotations"]["list"]]
 
 
+def without_strings(expression):
+    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', expression)
+
+
+def metrics(expression):
+    """The names of the series that an expression asks for."""
+    bare = re.sub(r"\[[^]]*\]|\{[^}]*\}|\boffset\s+\w+", "", without_strings(expression))
+    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", bare)
+    return set(re.findall(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()", bare)) - OPERATORS
+
+
+def matchers(expression):
+    """The metrics that are asked for with matchers, each with the labels that those name."""
+    found = re.findall(r"([a-zA-Z_:][\w:]*)\{([^}]*)\}", without_strings(expression))
+    return [(name, set(re.findall(r"(\w+)\s*[=!]", inside))) for name, inside in found]
+
+
+def grouped_labels(expression):
+    lists = re.findall(
+        r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)", without_strings(expression)
+    )
+    return {label.strip() for found in lists for label in found.split(",")} - {""}
+
+
+def declared(text):
+    """Metrics as they are written in documents, name{label,label}, each with its labels."""
+    found = {}
+    for name, labels in re.findall(r"(?<![\w/$.-])([a-z]\w*)(?:\{([\w,=\".| -]*)\})?", text):
+        found.setdefault(name, set()).update(re.findall(r"[a-z_]+(?=[,=]|$)", labels.replace(" ", "")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Every metric that exists, with its labels; None where those aren't known."""
+    found = declared("\n".join(line for line in EXPORTERS.read_text().splitlines() if not line.startswith("#")))
+    found["ALERTS"] = {"alertname", "alertstate", "severity"}
+    for document in DOCUMENTS:
+        quoted = "\n".join(re.findall(r"`([^`\n]+)`", document.read_text(encoding="utf-8")))
+        for name, labels in declared(quoted).items():
+            # A text may mention a metric without its labels.
+            found[name] = (found.get(name) or set()) | labels or None
+    for name, labels in re.findall(
+        r"^(?:counter|histogram) (\w+)(?: by ([a-z_, ]+?)(?: buckets|$))?", EDGE_LOG.read_text(), re.M
+    ):
+        found[name] = set(labels.replace(" ", "").split(",")) - {""}
+    for name, labels in list(found.items()):
+        if name.endswith("_seconds") or name in ("model_batch_rows", "model_prediction_confidence"):
+            found.update({f"{name}_{part}": labels for part in ("bucket", "sum", "count")})
+    found["appliance_shadow_distance_bucket"] = set()
+    for path in RULES:
+        recorded = re.findall(r"^\s*-?\s*record: *(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found.update(dict.fromkeys(recorded))
+    return found
+
+
 @pytest.fixture(params=DASHBOARDS, ids=lambda path: path.stem)
 def dashboard(request):
     return load(request.param)
 
 
-def test_there_are_dashboards():
-    assert DASHBOARDS
+def test_every_dashboard_is_there_and_provisioned():
+    assert {path.stem for path in DASHBOARDS} == EXPECTED
+    provisioned = yaml.safe_load((ROOT / "roles/grafana/defaults/main.yml").read_text())["grafana_dashboards"]
+    assert {Path(entry).stem for entry in provisioned} == EXPECTED
+
+
+def test_the_files_are_what_the_modules_say(capsys):
+    assert generator.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_file_that_was_changed_by_hand_is_noticed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generator, "DIRECTORY", tmp_path)
+    assert generator.main([]) == 0
+    assert {path.stem for path in tmp_path.glob("*.json")} == EXPECTED
+    changed, stray = tmp_path / "appliance-host.json", tmp_path / "stray.json"
+    changed.write_text(changed.read_text().replace('"Host"', '"Hosts"'))
+    stray.write_text("{}")
+    assert generator.main(["--check"]) == 1
+    assert capsys.readouterr().err.count("python3 -m roles.grafana.dashboards") == 2
+    assert generator.main([]) == 0
+    assert generator.main(["--check"]) == 0 and not stray.exists()
+
+
+def test_panels_fill_the_width_and_then_go_below():
+    panels = [stat(f"{index}", "What it is for.", "short", Query("up"), width=10, height=4) for index in range(3)]
+    wide = timeseries("wide", "What it is for.", "short", Query("up"), width=24)
+    placed = Dashboard("uid", "Title", "Text", [Row("One", panels), Row("Two", [wide])]).model()["panels"]
+    places = [(panel["title"], panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in placed]
+    assert places == [("One", 0, 0), ("0", 0, 1), ("1", 10, 1), ("2", 0, 5), ("Two", 0, 9), ("wide", 0, 10)]
+    assert [panel["id"] for panel in placed] == [1, 2, 3, 4, 5, 6]
 
 
 def test_file_is_named_after_the_uid():
@@ -53,27 +154,39 @@ def test_uids_and_titles_are_unique():
 def test_dashboard_is_a_raw_model(dashboard):
     assert re.fullmatch(r"[a-z0-9-]{1,40}", dashboard["uid"])
     assert dashboard["id"] is None
-    assert 39 <= dashboard["schemaVersion"] <= 41
+    assert dashboard["schemaVersion"] == 41
     assert dashboard["description"]
     assert not {"__inputs", "__requires", "__elements"} & set(dashboard)
 
 
+def test_the_first_row_says_whether_it_is_ok(dashboard):
+    first, *others = dashboard["panels"]
+    assert first["type"] == "row" and first["title"] == "Is it OK?"
+    answers = list(itertools.takewhile(lambda panel: panel["type"] != "row", others))
+    assert len(answers) >= 5
+    assert {panel["type"] for panel in answers} == {"stat"}
+    assert len({panel["gridPos"]["y"] for panel in answers}) == 1
+
+
 def test_panel_ids_and_titles_are_unique(dashboard):
-    for key in ("id", "title"):
-        values = [panel[key] for panel in dashboard["panels"]]
-        assert len(set(values)) == len(values), key
+    for values in (
+        [panel["id"] for panel in dashboard["panels"]],
+        [panel["title"] for panel in data_panels(dashboard)],
+    ):
+        assert len(set(values)) == len(values), values
 
 
 def test_panels_are_explained(dashboard):
     for panel in data_panels(dashboard):
         assert panel["type"] in PANEL_TYPES, panel["title"]
         assert panel["title"]
-        assert len(panel["description"]) > 20, panel["title"]
+        assert len(panel["description"]) > 20 and panel["description"].endswith("."), panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
 
 
-def test_panels_ask_the_provisioned_data_source(dashboard):
-    assert all(entry["datasource"] == DATASOURCE for entry in dashboard["annotations"]["list"])
+def test_everything_asks_the_provisioned_data_source(dashboard):
+    for entry in dashboard["annotations"]["list"] + dashboard["templating"]["list"]:
+        assert entry["datasource"] == DATASOURCE
     for panel in data_panels(dashboard):
         assert panel["datasource"] == DATASOURCE, panel["title"]
         assert panel["targets"], panel["title"]
@@ -96,21 +209,51 @@ def test_panels_do_not_overlap(dashboard):
         columns = range(place["x"], place["x"] + place["w"])
         rows = range(place["y"], place["y"] + place["h"])
         for cell in itertools.product(columns, rows):
-            assert cells.setdefault(cell, panel["title"]) == panel["title"]
+            assert cells.setdefault(cell, panel["id"]) == panel["id"], panel["title"]
+
+
+def test_releases_and_pages_are_marked_in_every_dashboard(dashboard):
+    marks = {entry["name"]: entry for entry in dashboard["annotations"]["list"]}
+    assert set(marks) == {"Alerts that page", "Switches", "Rollbacks", "Releases"}
+    assert all(entry["enable"] for entry in marks.values())
+    # The value is a time in milliseconds, or every switch would stand where the query's step does.
+    assert marks["Switches"]["useValueForTime"] and marks["Switches"]["expr"].startswith("1000 * ")
+
+
+def test_variables_are_offered_and_used(dashboard):
+    offered = {variable["name"] for variable in dashboard["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", " ".join(expressions(dashboard)))) - GRAFANA_OWN
+    # A dollar sign and a number is what a group of label_replace matched.
+    assert {name for name in used if not name.isdigit()} == offered
 
 
 def test_expressions_are_balanced_and_rates_follow_the_interval(dashboard):
     for written in expressions(dashboard):
-        expression = re.sub(r'"[^"]*"', '""', written)
+        expression = without_strings(written)
         for opening, closing in ("()", "[]", "{}"):
             assert expression.count(opening) == expression.count(closing), written
-        ranges = re.findall(r"\[([^]]*)\]", expression)
-        assert all(found == "$__rate_interval" for found in ranges), written
-        assert len(ranges) == len(re.findall(r"\b(?:rate|increase)\(", expression)), written
-        assert "${" not in expression, written
+        rates = re.findall(r"\bi?rate\(\s*[\w:]+(?:\{[^}]*\})?(\[[^]]*\])?", expression)
+        assert set(rates) <= {"[$__rate_interval]"}, written
 
 
-def test_metrics_follow_the_naming_rules(dashboard):
+def test_names_of_an_expression_are_found():
+    assert metrics('sum by (a) (rate(b_total{c="d_e"}[5m])) / on (f) group_left() (g:h > 0) or i offset 1m') == {
+        *("b_total", "g:h", "i"),
+    }
+    assert matchers('x{a="b", c!~"d|e{1}"} + y') == [("x", {"a", "c"})]
+    assert declared("x_total{a,b} or `y`")["x_total"] == {"a", "b"}
+
+
+def test_every_metric_exists(dashboard, known):
+    asked = {name for expression in expressions(dashboard) for name in metrics(expression)}
+    asked |= {entry["definition"].split("(")[1].split(",")[0] for entry in dashboard["templating"]["list"]}
+    assert asked - set(known) == set()
+
+
+def test_every_label_exists(dashboard, known):
     for expression in expressions(dashboard):
-        for name in re.findall(r"([a-zA-Z_]\w*)\s*\{", expression):
-            assert name in OWN_NAMES or name.startswith(("model_", "appliance_", "node_", "prometheus_")), expression
+        for name, labels in matchers(expression):
+            if known.get(name) is not None:
+                assert labels <= known[name] | LABELS_OF_ALL, expression
+    labels_of_all = set().union(LABELS_OF_ALL, *(labels for labels in known.values() if labels))
+    assert {label for expression in expressions(dashboard) for label in grouped_labels(expression)} <= labels_of_all

@@ -40,6 +40,7 @@ class Provisioning:
         self.config.write_text(
             f"; a comment\n[server]\nhttp_addr = 127.0.0.1\nhttp_port = {self.port}\n"
             f"[security]\nadmin_password = $__file{{{self.password}}}\n"
+            f"[dashboards]\ndefault_home_dashboard_path = {self.dashboards / DASHBOARD.name}\n"
             f"[paths]\ndata = {data}\nprovisioning = {directory / 'provisioning'}\n"
         )
         self.write(self.datasource, "datasources", **DATASOURCE)
@@ -110,6 +111,22 @@ def test_good_provisioning_is_served(running):
     assert running.get("/api/datasources/uid/prometheus")[1]["name"] == "Prometheus"
     assert running.get("/api/datasources/uid/other")[0] == 404
     assert [found["uid"] for found in running.get("/api/search")[1]] == ["appliance-overview"]
+
+
+def test_the_home_page_is_served(running):
+    home = running.get("/api/dashboards/home")[1]
+    assert home["meta"]["isHome"] and home["dashboard"]["uid"] == "appliance-overview"
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "can't be read"), ("{", "isn't JSON")])
+def test_broken_home_page_is_refused(provisioning, tmp_path, content, reason):
+    home = tmp_path / "home.json"
+    if content:
+        home.write_text(content)
+    settings = provisioning.config.read_text()
+    provisioning.config.write_text(settings.replace(str(provisioning.dashboards / DASHBOARD.name), str(home)))
+    refusal = provisioning.refusal()
+    assert str(home) in refusal and reason in refusal
 
 
 @pytest.mark.parametrize("password", [None, "wrong"])

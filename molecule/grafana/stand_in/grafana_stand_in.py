@@ -57,6 +57,7 @@ class Settings:
     admin_password: str
     data: Path
     provisioning: Path
+    home: Path | None
 
 
 @dataclass
@@ -116,6 +117,7 @@ def load_settings(config: Path, overrides: dict[str, str]) -> Settings:
         admin_password=get("security", "admin_password", "admin"),
         data=Path(get("paths", "data", "/var/lib/grafana")),
         provisioning=Path(get("paths", "provisioning", "/etc/grafana/provisioning")),
+        home=Path(home) if (home := get("dashboards", "default_home_dashboard_path", "")) else None,
     )
 
 
@@ -235,6 +237,14 @@ def load_provisioned(directory: Path) -> Provisioned:
     return Provisioned(datasources, providers, load_dashboards(providers, datasources))
 
 
+def load_home(path: Path) -> dict:
+    """The home page, which Grafana reads from its file each time that somebody asks for it."""
+    try:
+        return json.loads(read(path))
+    except json.JSONDecodeError as error:
+        raise Refused(f"the home page {path} isn't JSON: {error}") from error
+
+
 class Users:
     """The table of users: like Grafana's it is filled once, from then on grafana.ini's password counts for nothing."""
 
@@ -275,6 +285,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, settings: Settings, provisioned: Provisioned, users: Users) -> None:
         self.provisioned = provisioned
+        self.home = settings.home
         self.users = users
         self.lock = threading.Lock()
         super().__init__((settings.address, settings.port), Handler)
@@ -314,6 +325,8 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {"login": "admin", "isGrafanaAdmin": True}
         if path == "/api/datasources":
             return 200, list(self.server.provisioned.datasources.values())
+        if path == "/api/dashboards/home" and self.server.home:
+            return 200, {"meta": {"isHome": True}, "dashboard": load_home(self.server.home)}
         kind, _, uid = path.rpartition("/")
         if kind == "/api/datasources/uid" and uid in self.server.provisioned.datasources:
             return 200, self.server.provisioned.datasources[uid]
@@ -334,6 +347,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def serve(settings: Settings) -> None:
     provisioned = load_provisioned(settings.provisioning)
+    if settings.home:
+        load_home(settings.home)
     users = Users(settings)
     try:
         server = Server(settings, provisioned, users)

@@ -2,80 +2,22 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
-import shutil
 import subprocess
-import sys
-import threading
-import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from answering import LOADTEST, LOCUST, Server, needs_locust
 
-LOCUSTFILE = Path(__file__).resolve().parents[3] / "service/loadtest/locustfile.py"
-LOCUST = shutil.which("locust", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-pytestmark = pytest.mark.skipif(LOCUST is None, reason="needs Locust on PATH (roles/loadtest/files/requirements.txt)")
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers as the server's `kinds` say, one after the other."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        with self.server.lock:
-            kind = self.server.kinds[len(self.server.seen) % len(self.server.kinds)]
-            self.server.seen.append((kind, self.client_address, self.path, body))
-        if kind == "closed":
-            self.close_connection = True
-        elif kind == "garbage":
-            self.wfile.write(b"SSH-2.0-server\r\n\r\n")
-            self.close_connection = True
-        elif kind == "slow":
-            time.sleep(1.4)
-            self.close_connection = True
-        else:
-            time.sleep(0.2 if kind == "late" else 0)
-            self.answer(kind)
-
-    def answer(self, kind):
-        content = b"<html>" if kind == "html" else b'{"output": 1}'
-        self.send_response({"error": 500, "redirect": 307}.get(kind, 200))
-        self.send_header("X-Model-Colour", "blue" if kind == "blue" else "green")
-        self.send_header("Content-Length", str(len(content)))
-        if kind == "redirect":
-            self.send_header("Location", "/elsewhere")
-        self.end_headers()
-        self.wfile.write(content[:5] if kind == "cut" else content)
-        self.close_connection = kind == "cut"
-
-
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, kinds):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.kinds, self.seen, self.lock = kinds, [], threading.Lock()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def handle_error(self, *_):
-        pass
+LOCUSTFILE = LOADTEST / "locustfile.py"
+pytestmark = needs_locust
 
 
 def load(tmp_path, kinds, examples=({"data": [1]},), **environment):
     """Run Locust for a second; returns the server and what Locust wrote."""
     (tmp_path / "examples.json").write_text(json.dumps({"examples": [{"request": body} for body in examples]}))
-    server = Server(kinds)
-    try:
+    with Server(kinds) as server:
         answer = subprocess.run(
             [
                 *(LOCUST, f"--locustfile={LOCUSTFILE}", "--headless", "--skip-log-setup", "--exit-code-on-error=0"),
@@ -84,7 +26,7 @@ def load(tmp_path, kinds, examples=({"data": [1]},), **environment):
             env={
                 **os.environ,
                 "PYTHONDONTWRITEBYTECODE": "1",
-                "LOADTEST_URL": f"http://127.0.0.1:{server.server_address[1]}/test/predict",
+                "LOADTEST_URL": f"{server.url}/test/predict",
                 "LOADTEST_EXAMPLES": str(tmp_path / "examples.json"),
                 "LOADTEST_COLOUR": "green",
                 "LOADTEST_THINK_SECONDS": "0.02",
@@ -95,9 +37,6 @@ def load(tmp_path, kinds, examples=({"data": [1]},), **environment):
             text=True,
             timeout=30,
         )
-    finally:
-        server.shutdown()
-        server.server_close()
     assert answer.returncode == 0, answer.stderr
     return server, json.loads(answer.stdout)
 

@@ -67,14 +67,14 @@ def test_linked_manifest(bundle_dir):
 def test_escape_in_checksums(bundle_dir, name):
     with open(bundle_dir / "SHA256SUMS", "a") as file:
         file.write(f"{'0' * 64}  {name}\n")
-    rejected(bundle_dir, "SHA256SUMS line 5", "not a path inside the bundle")
+    rejected(bundle_dir, "SHA256SUMS line 6", "not a path inside the bundle")
 
 
 @pytest.mark.parametrize("line", ["nonsense", "", f"{'G' * 64}  x", f"{'0' * 64}x"])
 def test_malformed_checksums(bundle_dir, line):
     with open(bundle_dir / "SHA256SUMS", "a") as file:
         file.write(line + "\n")
-    rejected(bundle_dir, "SHA256SUMS line 5")
+    rejected(bundle_dir, "SHA256SUMS line 6")
 
 
 def test_file_listed_twice(bundle_dir):

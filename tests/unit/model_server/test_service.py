@@ -14,6 +14,7 @@ import pytest
 from bundle_making import ROOT, SHIPPED, write_sums
 from service_process import SECONDS, Connection, Service, in_background, load, running, slow
 
+SIMPLEMODEL = 'model="simplemodel",version="1.0.0"'
 NOT_FINITE = "the model has no finite answer for these numbers"
 
 
@@ -155,6 +156,39 @@ def test_metrics(service):
     buckets = re.findall(r'prediction_duration_seconds_bucket\{le="([^"]+)",model="simplemodel"', "\n".join(after))
     bounds = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5]
     assert buckets == [*map(str, bounds), "+Inf"]
+
+
+def outcomes(service: Service, model: str) -> dict[str, float]:
+    prefix = f'predictions_total{{model="{model}",status="'
+    return {name[len(prefix) : -2]: value for name, value in service.metrics().items() if name.startswith(prefix)}
+
+
+def test_rows_count_by_what_became_of_them(short_dir, bundle_dir):
+    slow(bundle_dir, 4)
+    with running(short_dir, bundle_dir, MODEL_WORKERS=1, MODEL_MAX_BODY_BYTES=10_000) as service:
+        service.wait_ready()
+        assert outcomes(service, "simplemodel") == {"ok": 0, "error": 0, "invalid_input": 0, "timeout": 0}
+        assert time.time() - 600 < service.metrics()[f"model_loaded_timestamp_seconds{{{SIMPLEMODEL}}}"] < time.time()
+        results, threads = in_background(1, lambda: service.predict([9, 0]))
+        service.wait_for(lambda: load(service) == (1, 0), "at work")
+        assert service.predict([[1, 1]] * 3, X_Request_Timeout="0.1")[0] == 504
+        # Nobody can tell how many rows they have.
+        for body in (b"{", b"x" * 10_001, json.dumps({"data": [[1, 2], [1, "x"]]}).encode()):
+            assert service.ask("worker-0", "POST", "/predict", body)[0] in (400, 413)
+        assert service.ask("worker-0", "POST", "/v1/models/other:predict", b'{"instances": [[1, 2]]}')[0] == 404
+        threads[0].join(SECONDS)
+        assert results[0][0] == 200
+        assert outcomes(service, "simplemodel") == {"ok": 1, "error": 0, "invalid_input": 3, "timeout": 3}
+
+
+def test_rows_that_turn_out_invalid_count_one_by_one(short_dir):
+    image = json.loads((ROOT / "bundles/digits/1.0.0/examples.json").read_text())["examples"][0]["request"]["data"]
+    with running(short_dir, ROOT / "bundles/digits/1.0.0", MODEL_WORKERS=1) as service:
+        service.wait_ready()
+        # It is base64, and no image.
+        assert service.predict([image, image, "AAAA"])[0] == 400
+        assert service.predict([image, image])[0] == 200
+        assert outcomes(service, "digits") == {"ok": 2, "error": 0, "invalid_input": 3, "timeout": 0}
 
 
 def test_sockets_are_for_owner_and_group(service):

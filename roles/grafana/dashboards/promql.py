@@ -1,0 +1,39 @@
+"""The few shapes of PromQL that dashboards are made of. `selector` is what stands between the braces."""
+
+import re
+
+
+def rate(metric: str, selector: str = "", by: str = "") -> str:
+    """The sum of the rates per second of a counter."""
+    return f"sum{_by(by)}(rate({metric}{_braces(selector)}[$__rate_interval]))"
+
+
+def mean(metric: str, selector: str = "", by: str = "") -> str:
+    """The mean of a histogram's observations; nothing where there were none."""
+    return f"{rate(f'{metric}_sum', selector, by)} / ({rate(f'{metric}_count', selector, by)} > 0)"
+
+
+def quantile(level: float, metric: str, selector: str = "", by: str = "") -> str:
+    """A quantile of a histogram's observations; nothing where there were none."""
+    buckets = rate(f"{metric}_bucket", selector, f"{by}, le" if by else "le")
+    return f"histogram_quantile({level}, {buckets}) >= 0"
+
+
+def share(metric: str, selector: str, bad: str, by: str = "") -> str:
+    """The share of the series that `bad` selects besides: 0 where none of them was seen, nothing without traffic."""
+    everything = rate(metric, selector, by)
+    chosen = rate(metric, f"{selector}, {bad}" if selector else bad, by)
+    return f"({chosen} or 0 * {everything}) / ({everything} > 0)"
+
+
+def resolved(expression: str, interval: str = "1m") -> str:
+    """The expression as Grafana would send it with every variable at All."""
+    return re.sub(r'"\$[a-z]+"', '".*"', expression.replace("$__rate_interval", interval))
+
+
+def _by(labels: str) -> str:
+    return f" by ({labels}) " if labels else " "
+
+
+def _braces(selector: str) -> str:
+    return f"{{{selector}}}" if selector else ""
