@@ -72,7 +72,7 @@ lint: environment ## ansible-lint, yamllint, ruff
 
 # One process more than there are cores, since many tests wait for servers that they have started.
 unit: environment ## tests that need no host
-	pytest --numprocesses=$(shell expr $$(nproc) + 1) --dist=loadfile
+	pytest --numprocesses=$(shell expr $$(nproc) + 1) --dist=loadfile --reruns=1
 
 molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13, then provisioning on Debian 12
 

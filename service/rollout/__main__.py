@@ -1,8 +1,6 @@
 """`python3 -m rollout`."""
 
-import sys
-
-from rollout.cli import main
+from rollout.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -7,9 +7,8 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from rollout.errors import Refused
 from rollout.text import tidy
@@ -20,8 +19,7 @@ SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(NamedTuple):
     """A bundle whose checksums were right when it was looked at."""
 
     directory: Path
@@ -31,8 +29,7 @@ class Bundle:
     """`sha256:` and the SHA-256 of the file SHA256SUMS."""
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A request with the answer that it must have; `tolerance` is absolute."""
 
     request: Any

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import pwd
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rollout import config as configuration
-from rollout import host, plan, requestlog
-from rollout.drain import drain
 from rollout.errors import ApplianceError, Interrupted, NeedsRoot, UsageError, describe_os_error
-from rollout.follow import follow
-from rollout.lock import break_stale
 from rollout.operations import Engine
 from rollout.report import Result, print_result, progress
-from rollout.rollouts import Rollouts
 from rollout.text import tidy
-from rollout.watch import Watch
+
+if TYPE_CHECKING:
+    from rollout.rollouts import Rollouts
 
 _DESCRIPTION = "Places model releases on two colours, blue and green, and decides which one answers /predict."
 _EPILOG = """\
@@ -46,6 +42,181 @@ or step by step, compared with the live colour, and back by itself where it does
 _URGENT = ("rollback", "abort", "pause", "resume", "promote", "maintenance")
 
 
+def _no_arguments(_add: Callable[..., object]) -> None:
+    """A command with the common options only."""
+
+
+def _deploy_arguments(add: Callable[..., object]) -> None:
+    add("colour", metavar="COLOUR", help="the colour to place the release on")
+    add("--bundle", type=Path, required=True, metavar="DIR", help="bundle directory, <state_dir>/bundles/NAME/VERSION")
+    add("--image", required=True, help="image that docker has on this host")
+    add("--origin", metavar="TEXT", help="where the bundle came from; kept in the release's record")
+    add("--revision", metavar="TEXT", help="the revision of its sources; kept likewise")
+    add("--dry-run", action="store_true", help="check and compare, and change nothing")
+
+
+def _init_arguments(add: Callable[..., object]) -> None:
+    add("colour", metavar="COLOUR")
+
+
+def _swap_arguments(add: Callable[..., object]) -> None:
+    add("--to", metavar="COLOUR", help="the colour that is to be live; nothing happens where it is")
+    add("--dry-run", action="store_true", help="check, and change nothing")
+    add(
+        "--strategy",
+        choices=("at-once", "canary"),
+        default="at-once",
+        help="all users at once (default), or a rising share of them, judged at each step",
+    )
+    add("--steps", type=_steps, metavar="N,N,…", help="a canary's percentages; the last is 100")
+    add("--detach", action="store_true", help="don't wait for a canary's end")
+
+
+def _rollback_arguments(add: Callable[..., object]) -> None:
+    add(
+        "--to", type=int, metavar="RELEASE", help="a release by its number; it is placed again where no colour holds it"
+    )
+    add("--dry-run", action="store_true", help="check, and change nothing")
+
+
+def _verify_arguments(add: Callable[..., object]) -> None:
+    add("--wait", type=_seconds, default=0.0, metavar="SECONDS", help="time to become well (default 0)")
+
+
+def _follow_arguments(add: Callable[..., object]) -> None:
+    add("--seconds", type=_seconds, metavar="SECONDS", help="at most for so long (then exit status 0)")
+
+
+def _percent_argument(add: Callable[..., object]) -> None:
+    add("percent", type=int, metavar="PERCENT")
+
+
+def _maintenance_arguments(add: Callable[..., object]) -> None:
+    add("state", choices=("on", "off"))
+
+
+def _unlock_arguments(add: Callable[..., object]) -> None:
+    add("--force", action="store_true", help="also where it shows signs of life")
+
+
+def _watch_arguments(add: Callable[..., object]) -> None:
+    add("--settle", action="store_true", help="send traffic back where a rollout is left unwatched")
+
+
+def _logs_arguments(add: Callable[..., object]) -> None:
+    add("request_id", type=_request_id, metavar="REQUEST_ID")
+
+
+def _history_arguments(add: Callable[..., object]) -> None:
+    add("-n", type=_count, default=20, metavar="N", help="how many entries (default 20)")
+
+
+# Its summary, its description where that says more, and what adds its own arguments.
+_COMMANDS: dict[str, tuple[str, str, Callable[[Callable[..., object]], None]]] = {
+    "status": (
+        "live colour, versions, health",
+        "Shows which colour is live and how both are. Exit status 3 where the live colour isn't healthy.",
+        _no_arguments,
+    ),
+    "deploy": (
+        "make a release and place it on a colour that isn't live",
+        "Checks the bundle's checksums and the image, records a release, restarts the colour, and waits until it is "
+        "ready and the bundle's examples reproduce. Where something fails, the colour's earlier release is put back. "
+        "The live colour is never touched: the answer then says that the release is pending.",
+        _deploy_arguments,
+    ),
+    "init": (
+        "make the first colour live",
+        "Makes COLOUR live where no colour has ever been live, after the same checks as a swap. Otherwise nothing.",
+        _init_arguments,
+    ),
+    "swap": (
+        "make the idle colour live",
+        "Checks the idle colour (health, release, image, examples), switches, and verifies through the front door on "
+        "fresh connections and on one that was open before. Where that fails, it switches back.",
+        _swap_arguments,
+    ),
+    "rollback": (
+        "switch back to the colour that was live before",
+        "Switches back to the colour that was live before the last switch, if it still holds that release and is "
+        "healthy. During a canary it sends everybody back. A second rollback undoes the first.",
+        _rollback_arguments,
+    ),
+    "verify": (
+        "check the live colour: health, examples, front door",
+        "Checks the live colour's health, its examples, and its answers through the front door. Changes nothing.",
+        _verify_arguments,
+    ),
+    "follow": (
+        "show how the rollout under way goes on, until it ends",
+        "Exit status 0 where the new release stays live, 1 where traffic went back. The rollout doesn't need anybody "
+        "who follows it.",
+        _follow_arguments,
+    ),
+    "pause": (
+        "keep a canary at the share that it has; it is judged all the same",
+        "",
+        _no_arguments,
+    ),
+    "resume": (
+        "let a paused canary go on",
+        "",
+        _no_arguments,
+    ),
+    "promote": (
+        "end the step that a rollout is at: a canary's colour goes live, a bake is over",
+        "",
+        _no_arguments,
+    ),
+    "abort": (
+        "send everybody back to the colour that a rollout came from",
+        "",
+        _no_arguments,
+    ),
+    "split": (
+        "give the idle colour a share of the users, by hand",
+        "The share stays until it is changed, and nobody watches it: 'appliance swap --strategy canary' does. "
+        "A user always gets the same colour.",
+        _percent_argument,
+    ),
+    "shadow": (
+        "copy a share of requests to the idle colour and compare the answers",
+        "Clients never wait for it. A rollout fails where too many answers differ.",
+        _percent_argument,
+    ),
+    "maintenance": (
+        "answer clients with 503, or serve them again",
+        "In maintenance everything but /health, /test/ and requests with the header X-Model-Track gets 503.",
+        _maintenance_arguments,
+    ),
+    "prune": (
+        "remove releases, bundles and images that nothing needs any more",
+        "Keeps what the colours hold, what a rollback returns to, and the last releases besides. A deploy does it too.",
+        _no_arguments,
+    ),
+    "unlock": (
+        "end a command that holds the lock and doesn't move",
+        "A lock is freed by itself when its process dies, however it dies. This is for one that hangs.",
+        _unlock_arguments,
+    ),
+    "watch": (
+        "carry out the rollout under way",
+        "appliance-rollout.service runs this. When it ends before the rollout has, traffic goes back.",
+        _watch_arguments,
+    ),
+    "logs": (
+        "one request in the logs of nginx and of the model",
+        "Prints what nginx and the colours logged about a request, by its answer's X-Request-ID. Inputs aren't logged.",
+        _logs_arguments,
+    ),
+    "history": (
+        "what happened, newest last",
+        "",
+        _history_arguments,
+    ),
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser that reports wrong usage as JSON too, where JSON was asked for."""
 
@@ -55,8 +226,11 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with all commands. Common options may stand before or after the command."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser with all commands, or with `only` one of them. Common options may stand before or after the command.
+
+    To make all takes longer than to switch back.
+    """
     common = _Parser(add_help=False)
     add = common.add_argument
     add("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object as the last line")
@@ -84,137 +258,20 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, summary: str, description: str = "") -> argparse.ArgumentParser:
-        return commands.add_parser(
+    for name in _COMMANDS if only is None else (only,):
+        summary, description, arguments = _COMMANDS[name]
+        command = commands.add_parser(
             name, help=summary, description=description or summary, parents=[common], prog=f"appliance {name}"
         )
-
-    command(
-        "status",
-        "live colour, versions, health",
-        "Shows which colour is live and how both are. Exit status 3 where the live colour isn't healthy.",
-    )
-    deploy = command(
-        "deploy",
-        "make a release and place it on a colour that isn't live",
-        "Checks the bundle's checksums and the image, records a release, restarts the colour, and waits until it is "
-        "ready and the bundle's examples reproduce. Where something fails, the colour's earlier release is put back. "
-        "The live colour is never touched: the answer then says that the release is pending.",
-    )
-    deploy.add_argument("colour", metavar="COLOUR", help="the colour to place the release on")
-    deploy.add_argument(
-        "--bundle", type=Path, required=True, metavar="DIR", help="bundle directory, <state_dir>/bundles/NAME/VERSION"
-    )
-    deploy.add_argument("--image", required=True, help="image that docker has on this host")
-    deploy.add_argument("--origin", metavar="TEXT", help="where the bundle came from; kept in the release's record")
-    deploy.add_argument("--revision", metavar="TEXT", help="the revision of its sources; kept likewise")
-    deploy.add_argument("--dry-run", action="store_true", help="check and compare, and change nothing")
-    init = command(
-        "init",
-        "make the first colour live",
-        "Makes COLOUR live where no colour has ever been live, after the same checks as a swap. Otherwise nothing.",
-    )
-    init.add_argument("colour", metavar="COLOUR")
-    swap = command(
-        "swap",
-        "make the idle colour live",
-        "Checks the idle colour (health, release, image, examples), switches, and verifies through the front door on "
-        "fresh connections and on one that was open before. Where that fails, it switches back.",
-    )
-    swap.add_argument("--to", metavar="COLOUR", help="the colour that is to be live; nothing happens where it is")
-    swap.add_argument("--dry-run", action="store_true", help="check, and change nothing")
-    swap.add_argument(
-        "--strategy",
-        choices=("at-once", "canary"),
-        default="at-once",
-        help="all users at once (default), or a rising share of them, judged at each step",
-    )
-    swap.add_argument("--steps", type=_steps, metavar="N,N,…", help="a canary's percentages; the last is 100")
-    swap.add_argument("--detach", action="store_true", help="don't wait for a canary's end")
-    rollback = command(
-        "rollback",
-        "switch back to the colour that was live before",
-        "Switches back to the colour that was live before the last switch, if it still holds that release and is "
-        "healthy. During a canary it sends everybody back. A second rollback undoes the first.",
-    )
-    rollback.add_argument(
-        "--to", type=int, metavar="RELEASE", help="a release by its number; it is placed again where no colour holds it"
-    )
-    rollback.add_argument("--dry-run", action="store_true", help="check, and change nothing")
-    verify = command(
-        "verify",
-        "check the live colour: health, examples, front door",
-        "Checks the live colour's health, its examples, and its answers through the front door. Changes nothing.",
-    )
-    verify.add_argument(
-        "--wait",
-        type=_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="time to become well (default 0)",
-    )
-    follow = command(
-        "follow",
-        "show how the rollout under way goes on, until it ends",
-        "Exit status 0 where the new release stays live, 1 where traffic went back. The rollout doesn't need anybody "
-        "who follows it.",
-    )
-    follow.add_argument("--seconds", type=_seconds, metavar="SECONDS", help="at most for so long (then exit status 0)")
-    command("pause", "keep a canary at the share that it has; it is judged all the same")
-    command("resume", "let a paused canary go on")
-    command("promote", "end the step that a rollout is at: a canary's colour goes live, a bake is over")
-    command("abort", "send everybody back to the colour that a rollout came from")
-    split = command(
-        "split",
-        "give the idle colour a share of the users, by hand",
-        "The share stays until it is changed, and nobody watches it: 'appliance swap --strategy canary' does. "
-        "A user always gets the same colour.",
-    )
-    split.add_argument("percent", type=int, metavar="PERCENT")
-    shadow = command(
-        "shadow",
-        "copy a share of requests to the idle colour and compare the answers",
-        "Clients never wait for it. A rollout fails where too many answers differ.",
-    )
-    shadow.add_argument("percent", type=int, metavar="PERCENT")
-    maintenance = command(
-        "maintenance",
-        "answer clients with 503, or serve them again",
-        "In maintenance everything but /health, /test/ and requests with the header X-Model-Track gets 503.",
-    )
-    maintenance.add_argument("state", choices=("on", "off"))
-    command(
-        "prune",
-        "remove releases, bundles and images that nothing needs any more",
-        "Keeps what the colours hold, what a rollback returns to, and the last releases besides. A deploy does it too.",
-    )
-    unlock = command(
-        "unlock",
-        "end a command that holds the lock and doesn't move",
-        "A lock is freed by itself when its process dies, however it dies. This is for one that hangs.",
-    )
-    unlock.add_argument("--force", action="store_true", help="also where it shows signs of life")
-    watch = command(
-        "watch",
-        "carry out the rollout under way",
-        "appliance-rollout.service runs this. When it ends before the rollout has, traffic goes back.",
-    )
-    watch.add_argument("--settle", action="store_true", help="send traffic back where a rollout is left unwatched")
-    logs = command(
-        "logs",
-        "one request in the logs of nginx and of the model",
-        "Prints what nginx and the colours logged about a request, by its answer's X-Request-ID. Inputs aren't logged.",
-    )
-    logs.add_argument("request_id", type=_request_id, metavar="REQUEST_ID")
-    history = command("history", "what happened, newest last")
-    history.add_argument("-n", type=_count, default=20, metavar="N", help="how many entries (default 20)")
+        arguments(command.add_argument)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    only = arguments[0] if arguments and arguments[0] in _COMMANDS else None
+    options = build_parser(only).parse_args(arguments)
     as_json = getattr(options, "json", False)
     try:
         result = _run(options)
@@ -226,6 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = Result("interrupted", ok=False, exit_status=1)
     print_result(result, as_json)
     return result.exit_status
+
+
+def run() -> NoReturn:
+    """The whole program: `main`, and the end of the process."""
+    status = main()
+    # All is written and printed by now. Python would take itself apart piece by piece, which takes as long as a switch.
+    os._exit(status)
 
 
 def _run(options: argparse.Namespace) -> Result:
@@ -246,6 +310,8 @@ def _run(options: argparse.Namespace) -> Result:
     if name == "history":
         return engine.history(options.n)
     if name == "logs":
+        from rollout import requestlog
+
         return requestlog.find(config, options.request_id)
     if name == "deploy":
         dry = options.dry_run
@@ -269,12 +335,16 @@ def _run(options: argparse.Namespace) -> Result:
     if name == "prune":
         return engine.run("prune", engine.prune)
     if name == "follow":
+        from rollout.follow import follow
+
         return follow(config, options.seconds)
     if name == "watch":
         return _watch(config, engine, settle=options.settle)
+    from rollout.rollouts import Rollouts
+
     rollouts = Rollouts(engine)
     if name == "swap":
-        return _swap(config, engine, options)
+        return _swap(config, rollouts, options)
     if name == "rollback":
         dry = options.dry_run
         return engine.run("rollback", lambda: rollouts.rollback(options.to, dry_run=dry), dry_run=dry)
@@ -290,8 +360,8 @@ def _run(options: argparse.Namespace) -> Result:
     return engine.run(name, lambda: engine.whole(commands[name]))
 
 
-def _swap(config: configuration.Config, engine: Engine, options: argparse.Namespace) -> Result:
-    dry, rollouts = options.dry_run, Rollouts(engine)
+def _swap(config: configuration.Config, rollouts: Rollouts, options: argparse.Namespace) -> Result:
+    dry, engine = options.dry_run, rollouts.engine
     if options.strategy == "at-once":
         if options.steps or options.detach:
             raise UsageError("--steps and --detach belong to --strategy canary")
@@ -300,12 +370,16 @@ def _swap(config: configuration.Config, engine: Engine, options: argparse.Namesp
     begun = engine.run("canary", lambda: rollouts.canary(options.to, options.steps, dry_run=dry), dry_run=dry)
     if not begun.changed or options.detach:
         return begun
+    from rollout.follow import follow
+
     progress(begun.message)
     return follow(config, None)
 
 
 def _drained(config: configuration.Config, engine: Engine, result: Result) -> Result:
     """Wait for what the old colour still has to answer; without the lock, so that a rollback needn't wait."""
+    from rollout.drain import drain
+
     old = engine.colour(config.other(result.details["live"]))
     try:
         drained = drain(old, config.drain_seconds, progress, lambda: None)
@@ -319,6 +393,10 @@ def _drained(config: configuration.Config, engine: Engine, result: Result) -> Re
 
 
 def _watch(config: configuration.Config, engine: Engine, *, settle: bool) -> Result:
+    from rollout import host, plan
+    from rollout.rollouts import Rollouts
+    from rollout.watch import Watch
+
     if not settle:
         return Watch(config, engine.who).run()
     if host.shutting_down():
@@ -343,6 +421,8 @@ def _short(text: str | None) -> str | None:
 def _unlock(config: configuration.Config, engine: Engine, *, force: bool) -> Result:
     if os.geteuid() != 0:
         raise NeedsRoot("'appliance unlock' needs root: run with sudo")
+    from rollout.lock import break_stale
+
     message = break_stale(config.lock_file, force=force)
     engine.lock_wait = max(engine.lock_wait, 10.0)
     return engine.run("unlock", lambda: Result(message))
@@ -357,6 +437,8 @@ def default_who() -> str:
         return os.getlogin()
     except OSError:
         # No terminal: a timer, or a connection without one.
+        import pwd
+
         try:
             return pwd.getpwuid(os.getuid()).pw_name
         except KeyError:
@@ -375,7 +457,9 @@ def _seconds(text: str) -> float:
 
 
 def _request_id(text: str) -> str:
-    if not requestlog.REQUEST_ID.fullmatch(text):
+    from rollout.requestlog import REQUEST_ID
+
+    if not REQUEST_ID.fullmatch(text):
         raise argparse.ArgumentTypeError("must be 1 to 64 letters, digits, dots, hyphens and underscores")
     return text
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from rollout import gate
+from rollout import gatesettings
 from rollout.errors import UsageError
-from rollout.gate import Gate
+from rollout.gatesettings import Gate
 
 DEFAULT_PATH = Path("/etc/appliance/appliance.json")
 COLOUR_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
@@ -49,8 +48,7 @@ _WHOLE_NUMBERS = {
 }
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The engine's settings; each key of `appliance.json` may be left out."""
 
     colours: tuple[str, str] = ("blue", "green")
@@ -164,7 +162,7 @@ def load(path: Path) -> Config:
         raise UsageError(f"{path} isn't valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} must hold one JSON object, not {type(raw).__name__}")
-    known = {field.name for field in fields(Config)}
+    known = set(Config._fields)
     unknown = sorted(set(raw) - known)
     if unknown:
         raise UsageError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -186,7 +184,7 @@ def _convert(path: Path, key: str, value: Any) -> Any:
             raise wrong("an absolute path without white space")
         return Path(value)
     if key == "gate":
-        return gate.parse(f"{path}: gate", value)
+        return gatesettings.parse(f"{path}: gate", value)
     if key in _NUMBERS:
         lowest, highest, above, wanted = _NUMBERS[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
-import ipaddress
-import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from rollout.errors import ApplianceError, Refused
 from rollout.text import tidy
-from rollout.unixhttp import Answer, ExchangeError, exchange
+from rollout.unixhttp import Answer, Connection, ExchangeError, exchange
 
 _RETRIES = 3
 _RETRY_SECONDS = 0.3
@@ -22,13 +19,39 @@ class WrongAnswer(ApplianceError):
     """The front door answered otherwise than it should."""
 
 
-@dataclass(frozen=True)
-class Verification:
+class Verification(NamedTuple):
     """What a successful verification measured."""
 
     first_ms: float | None
     """Milliseconds from the switch to the first 200 of the new colour; None where there was no switch."""
     requests: int
+
+
+class _TlsConnection(Connection):
+    """A connection with TLS."""
+
+    default_port = 443
+
+    def connect(self) -> None:
+        # Loaded only where it is needed, which is where nginx isn't on this host.
+        import ipaddress
+        import ssl
+
+        context = ssl.create_default_context()
+        try:
+            loopback = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            loopback = self.host == "localhost"
+        if loopback:
+            # The certificate is made out to the public name; on loopback there is nobody in between to guard against.
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        super().connect()
+        try:
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+        except BaseException:
+            self.close()
+            raise
 
 
 class FrontDoor:
@@ -39,22 +62,11 @@ class FrontDoor:
         self._parts = urlsplit(url)
         self._timeout = timeout
 
-    def _connection(self) -> http.client.HTTPConnection:
-        host, port = self._parts.hostname or "", self._parts.port
-        if self._parts.scheme == "http":
-            return http.client.HTTPConnection(host, port, timeout=self._timeout)
-        context = ssl.create_default_context()
-        try:
-            loopback = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            loopback = host == "localhost"
-        if loopback:
-            # The certificate is made out to the public name; on loopback there is nobody in between to guard against.
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=context)
+    def _connection(self) -> Connection:
+        kind = Connection if self._parts.scheme == "http" else _TlsConnection
+        return kind(self._parts.hostname or "", self._parts.port, self._timeout)
 
-    def _ask(self, connection: http.client.HTTPConnection, body: bytes, request_id: str, track: str = "live") -> Answer:
+    def _ask(self, connection: Connection, body: bytes, request_id: str, track: str = "live") -> Answer:
         # A track that is asked for is served whatever the split is, and in maintenance.
         headers = {"Content-Type": "application/json", "X-Request-ID": request_id, "X-Model-Track": track}
         try:
@@ -70,7 +82,7 @@ class FrontDoor:
         finally:
             connection.close()
 
-    def open_held(self, body: bytes) -> http.client.HTTPConnection:
+    def open_held(self, body: bytes) -> Connection:
         """Open a connection and use it once, as a client does that has been there since before the switch.
 
         The answer may be anything: a swap away from a dead colour must be possible. Raises Refused where nobody
@@ -87,7 +99,7 @@ class FrontDoor:
                 f"the front door {self.url} doesn't answer: {tidy(error)}; start nginx first: systemctl status nginx"
             ) from None
         # From here on a closed connection is a finding, not a reason to open another one.
-        connection.auto_open = 0
+        connection.auto_open = False
         return connection
 
     def verify(
@@ -95,7 +107,7 @@ class FrontDoor:
         colour: str,
         body: bytes,
         count: int,
-        held: http.client.HTTPConnection,
+        held: Connection,
         since: float | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> Verification:
@@ -132,7 +144,7 @@ class FrontDoor:
     def _expect(
         self,
         colour: str,
-        connection: http.client.HTTPConnection,
+        connection: Connection,
         body: bytes,
         what: str,
         mark: str,

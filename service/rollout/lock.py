@@ -15,8 +15,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rollout import files
 from rollout.errors import Failed, LockHeld, Refused
@@ -29,8 +29,7 @@ _POLL_SECONDS = 0.1
 _END_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class _Note:
+class _Note(NamedTuple):
     """Who holds the lock. `started` is in clock ticks since the boot: with `pid` it names a process for good.
 
     `clock` is the monotonic time of the last beat in seconds, which is the same for all processes and never jumps;
@@ -168,14 +167,14 @@ def _held(descriptor: int, path: Path, wait: float) -> str:
 
 def _beat(descriptor: int, note: _Note, end: threading.Event) -> None:
     while not end.wait(_BEAT_SECONDS):
-        _write(descriptor, replace(note, beat=now(), clock=time.monotonic()))
+        _write(descriptor, note._replace(beat=now(), clock=time.monotonic()))
 
 
 def _write(descriptor: int, note: _Note) -> None:
     # For messages and `break_stale` only: a full disk must not stand in the way of a rollback.
     with contextlib.suppress(OSError):
         # In one piece over the last one, of which nothing is left but what lies behind the end of the line.
-        os.pwrite(descriptor, json.dumps(asdict(note)).encode() + b"\n", 0)
+        os.pwrite(descriptor, json.dumps(note._asdict()).encode() + b"\n", 0)
 
 
 def _read(descriptor: int) -> _Note | None:

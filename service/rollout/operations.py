@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rollout import audit, bundles, gate, host, plan, prune, textfile
+from rollout import audit, bundles, host, plan, textfile
 from rollout.bundles import Example
 from rollout.colour import HEALTHY, Colour
 from rollout.config import Config
-from rollout.drain import drain
 from rollout.errors import (
     ApplianceError,
     Failed,
@@ -28,12 +27,12 @@ from rollout.errors import (
 )
 from rollout.frontdoor import FrontDoor, Verification
 from rollout.interrupts import Interrupts
-from rollout.judge import PASS, Check
 from rollout.lock import exclusive
 from rollout.releases import IMAGE, Release, Releases, settings_digest
 from rollout.report import Result, history_lines, progress, status_table
 from rollout.routing import Routing, RoutingBroken, State
 from rollout.text import now
+from rollout.together import together
 
 
 class Engine:
@@ -330,8 +329,7 @@ class Engine:
             self.releases.place(name, release, settings)
             health = colour.restart_and_wait(release, self.config.ready_timeout_seconds, progress)
             colour.run_examples(examples, health)
-            passed = [asdict(Check("examples", PASS, f"{len(examples)} examples reproduce on each worker"))]
-            self.releases.add_checks(release.number, "deploy", passed)
+            self._record_examples(release, examples)
             # Where nobody is live yet, nobody could get worse answers than before.
             tested = gated and state is not None and self.config.gate.enabled
             if tested:
@@ -358,8 +356,19 @@ class Engine:
             details=details,
         )
 
+    def _record_examples(self, release: Release, examples: list[Example]) -> None:
+        # What only a deploy needs is loaded by it alone: a rollback is sooner done without.
+        from dataclasses import asdict
+
+        from rollout.judge import PASS, Check
+
+        passed = Check("examples", PASS, f"{len(examples)} examples reproduce on each worker")
+        self.releases.add_checks(release.number, "deploy", [asdict(passed)])
+
     def _pass_gate(self, release: Release) -> None:
         """Raise Refused where the load test of a release isn't passed."""
+        from rollout import gate
+
         outcome = gate.run(self.config, release, f"{self.config.front_door}/test/predict")
         self.releases.add_checks(release.number, "gate", outcome.criteria)
         if not outcome.passed:
@@ -367,12 +376,18 @@ class Engine:
             raise Refused(f"it doesn't pass the load test: {'; '.join(outcome.reasons)} ({evaluation})")
 
     def _drain(self, colour: Colour) -> None:
+        from rollout.drain import drain
+
         drained = drain(colour, self.config.drain_seconds, progress, lambda: None)
         if drained.left:
             progress(f"{drained.left} requests are still in progress on {colour.name} after {drained.seconds} s")
 
     def prune(self) -> Result:
         """Remove releases, bundles and images that nothing needs any more."""
+        from dataclasses import asdict
+
+        from rollout import prune
+
         present = plan.under_way(self.config.rollout_file, self.routing.read())
         named = {present.source_release, present.target_release} if present else set()
         pruned = prune.prune(
@@ -514,14 +529,22 @@ class Engine:
         progress(f"checking {name}: {title_of(release)}")
         directory = Path(release.bundle)
         examples = bundles.load_examples(directory, release.bundle_digest)
-        colour.check(release, examples, accept)
-        try:
-            host.image_id(release.image_id)
-        except Refused:
+        health, image = together(
+            [
+                functools.partial(colour.check, release, examples, accept),
+                functools.partial(host.image_id, release.image_id),
+            ],
+            2,
+        )
+        if isinstance(health, Exception):
+            raise health
+        if isinstance(image, Refused):
             raise Refused(
                 f"{name}: the image {release.image} of release {number} ({release.image_id[:19]}) isn't on this host "
                 f"any more, so {name} couldn't start again: deploy to {name} again"
-            ) from None
+            )
+        if isinstance(image, Exception):
+            raise image
         return release, examples
 
     def switch(
@@ -616,7 +639,7 @@ class Engine:
 
     def _switch_back(self, command: str, target: str, state: State) -> int:
         why = f"{command} to {target} failed"
-        back = replace(state, since=now(), who=self.who, reason=why, command=command)
+        back = state._replace(since=now(), who=self.who, reason=why, command=command)
         try:
             return self.routing.switch(back)[0].number
         except OSError:

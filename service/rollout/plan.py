@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rollout import files
 from rollout.routing import State
@@ -15,8 +14,7 @@ UNDER_WAY = (CANARY, BAKE)
 DONE, ROLLED_BACK, ABORTED, SUPERSEDED = "done", "rolled_back", "aborted", "superseded"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One rollout: from a colour and its release to the other.
 
     `state` is the routing state that this plan made last, or is about to make after `before`: where the present one is
@@ -69,7 +67,7 @@ def read(path: Path) -> Plan | None:
     """The plan, or None where there never was one or the file can't be used: then nothing is under way."""
     try:
         raw = json.loads(path.read_bytes())
-        known = {key: raw[key] for key in Plan.__dataclass_fields__ if key in raw}
+        known = {key: raw[key] for key in Plan._fields if key in raw}
         return Plan(**{**known, "steps": tuple(raw.get("steps", ()))})
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -84,7 +82,7 @@ def under_way(path: Path, state: State | None) -> Plan | None:
 
 def write(path: Path, plan: Plan) -> None:
     """Replace the plan durably. Raises OSError."""
-    files.replace(path, json.dumps(asdict(plan), indent=1).encode() + b"\n")
+    files.replace(path, json.dumps(plan._asdict(), indent=1).encode() + b"\n")
 
 
 def with_checks(path: Path, report: Path) -> dict[str, Any] | None:
@@ -97,9 +95,9 @@ def with_checks(path: Path, report: Path) -> dict[str, Any] | None:
         checks = about["checks"] if about["rollout"] == present.number else []
     except (OSError, ValueError, KeyError, TypeError):
         checks = []
-    return {**asdict(present), "checks": checks}
+    return {**present._asdict(), "checks": checks}
 
 
 def as_details(plan: Plan | None) -> dict[str, Any] | None:
     """The plan's entry in JSON answers."""
-    return None if plan is None else {**asdict(plan), "percent": plan.percent, "text": plan.describe()}
+    return None if plan is None else {**plan._asdict(), "percent": plan.percent, "text": plan.describe()}

@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rollout import files
 from rollout.errors import Failed
@@ -18,8 +17,7 @@ IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}")
 _NUMBER = re.compile(r"[1-9][0-9]*")
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(NamedTuple):
     """A bundle, an image and settings, made for a colour at a time by somebody."""
 
     colour: str
@@ -53,11 +51,11 @@ class Releases:
         files.ensure_directory(self.directory)
         for path in self.directory.glob(".*"):
             files.remove_tree(path)
-        release = replace(release, number=self.next_number())
+        release = release._replace(number=self.next_number())
         temporary = self.directory / f".new-{release.number}"
         try:
             files.make_directory(temporary)
-            content = json.dumps(asdict(release), indent=1).encode() + b"\n"
+            content = json.dumps(release._asdict(), indent=1).encode() + b"\n"
             files.write_new(temporary / "release.json", content, 0o444)
             files.fsync_directory(temporary)
             os.rename(temporary, self.directory / str(release.number))
@@ -89,7 +87,7 @@ class Releases:
         path = self.directory / str(number) / "release.json"
         try:
             raw = {"settings_digest": None, "origin": None, "revision": None, **json.loads(path.read_bytes())}
-            return Release(**{key: raw[key] for key in Release.__dataclass_fields__})
+            return Release(**{key: raw[key] for key in Release._fields})
         except OSError as error:
             raise Failed(f"release {number} has no record: {path}: {error.strerror}; deploy again") from None
         except (ValueError, KeyError, TypeError) as error:

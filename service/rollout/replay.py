@@ -167,7 +167,7 @@ class Replayer:
         except OSError as error:
             raise _NoAnswer(error.strerror or type(error).__name__) from None
         except ValueError:
-            # http.client won't send a header of the copy, and its message repeats what that holds.
+            # A header of the copy would end before its end.
             raise _NoAnswer("the copy can't be sent") from None
         if answer.status == _TOO_LATE:
             raise _NoAnswer(f"the copy's turn didn't come within {timeout:g} s")

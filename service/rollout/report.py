@@ -5,27 +5,37 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
 _COLUMNS = ("colour", "role", "status", "release", "model", "version", "workers", "unit", "reason")
 
 
-@dataclass
 class Result:
     """The end of a command. `details` are further keys of its JSON object; `lines` are for people.
 
     `lines` follow the message, or replace it where `headline` is false.
     """
 
-    message: str
-    ok: bool = True
-    changed: bool = False
-    outcome: str = "done"
-    exit_status: int = 0
-    details: dict[str, Any] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    headline: bool = True
+    def __init__(
+        self,
+        message: str,
+        *,
+        ok: bool = True,
+        changed: bool = False,
+        outcome: str = "done",
+        exit_status: int = 0,
+        details: dict[str, Any] | None = None,
+        lines: list[str] | None = None,
+        headline: bool = True,
+    ) -> None:
+        self.message = message
+        self.ok = ok
+        self.changed = changed
+        self.outcome = outcome
+        self.exit_status = exit_status
+        self.details = {} if details is None else details
+        self.lines = [] if lines is None else lines
+        self.headline = headline
 
     def as_json(self) -> str:
         """One line of JSON."""

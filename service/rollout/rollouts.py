@@ -5,8 +5,7 @@ Everything here runs under the lock, inside `Engine.run`.
 
 from __future__ import annotations
 
-import secrets
-from dataclasses import replace
+import os
 from pathlib import Path
 
 from rollout import host, plan
@@ -45,7 +44,7 @@ class Rollouts:
 
     def end(self, ended: Plan, phase: str, reason: str | None = None) -> Plan:
         """Record how a rollout ended."""
-        return self._write(replace(ended, phase=phase, reason=reason, ended=now(), asked=None, paused=False))
+        return self._write(ended._replace(phase=phase, reason=reason, ended=now(), asked=None, paused=False))
 
     # Beginning
 
@@ -73,12 +72,12 @@ class Rollouts:
         if steps[0] == 100:
             return self.go_live("canary", fresh, state)
         with self.engine.interrupts.hold():
-            written = self._write(replace(fresh, state=self._next_state()))
+            written = self._write(fresh._replace(state=self._next_state()))
             try:
                 self._start_watch()
                 self.set_split(written, state, steps[0], "canary")
             except BaseException as fault:
-                self.end(replace(written, before=state.number, state=state.number), plan.ABORTED, str(fault))
+                self.end(written._replace(before=state.number, state=state.number), plan.ABORTED, str(fault))
                 raise
             self.engine.interrupts.disarm()
         return Result(
@@ -100,7 +99,7 @@ class Rollouts:
             first=state.number,
             before=state.number,
             state=state.number,
-            mark=f"appliance-{secrets.token_hex(8)}-",
+            mark=f"appliance-{os.urandom(8).hex()}-",
             who=self.engine.who,
             since=now(),
             steps=steps,
@@ -134,19 +133,19 @@ class Rollouts:
 
     def set_split(self, present: Plan, state: State, percent: int, command: str) -> State:
         """Give the idle colour `percent` of the users, which `present` has on record already."""
-        wanted = replace(
-            state, split=percent, since=now(), who=self.engine.who, reason=self.engine.reason, command=command
+        wanted = state._replace(
+            split=percent, since=now(), who=self.engine.who, reason=self.engine.reason, command=command
         )
         try:
             return self.routing.switch(wanted)[0]
         except OSError:
-            self._write(replace(present, before=state.number, state=state.number))
+            self._write(present._replace(before=state.number, state=state.number))
             raise
 
     def go_live(self, command: str, present: Plan, state: State) -> Result:
         """Make the plan's target live. The plan is on record before, so that a crash in between leaves it watched."""
         release, examples = self.engine.check(present.target, ("ready",))
-        watched = replace(present, phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
+        watched = present._replace(phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
         self._write(watched)
         try:
             self._start_watch()
@@ -154,7 +153,7 @@ class Rollouts:
         except BaseException as fault:
             back = self.routing.read()
             number = back.number if back else state.number
-            fallen = replace(present, before=number, state=number)
+            fallen = present._replace(before=number, state=number)
             if present.state == present.before and not present.step:
                 self.end(fallen, plan.ABORTED, str(fault))
             else:
@@ -186,7 +185,7 @@ class Rollouts:
         percent = present.steps[step]
         if percent == 100:
             return self.go_live("promote", present, state)
-        moved = replace(present, step=step, before=state.number, state=self._next_state())
+        moved = present._replace(step=step, before=state.number, state=self._next_state())
         self.set_split(self._write(moved), state, percent, "canary")
         return Result(
             moved.describe(),
@@ -199,11 +198,11 @@ class Rollouts:
         present, state = self._needed()
         details = {"live": state.live, "state": state.number, "release": present.target_release}
         if what == "promote":
-            changed = replace(present, asked="promote", paused=False)
+            changed = present._replace(asked="promote", paused=False)
         elif present.phase != plan.CANARY:
             raise Refused(f"only a canary can be paused; {present.describe()}")
         else:
-            changed = replace(present, paused=what == "pause")
+            changed = present._replace(paused=what == "pause")
         if changed == present:
             return Result(f"nothing to do; {present.describe()}", outcome="nothing", details=details)
         self._write(changed)
@@ -227,8 +226,7 @@ class Rollouts:
         stays = state.live == present.source
         if not stays:
             self._check_way_back(present, reason)
-        wanted = replace(
-            state,
+        wanted = state._replace(
             live=present.source,
             split=0,
             since=now(),
@@ -246,12 +244,12 @@ class Rollouts:
                 # A full disk: the state from before it all is still there and complete.
                 self.routing.point_to(present.first)
                 number = present.first
-        ended = replace(present, before=number, state=number)
+        ended = present._replace(before=number, state=number)
         try:
             ended = self.end(ended, phase, reason)
         except OSError as error:
             # Traffic is back, which is what counts.
-            ended = replace(ended, phase=phase, reason=f"{reason}; not recorded: {error.strerror}")
+            ended = ended._replace(phase=phase, reason=f"{reason}; not recorded: {error.strerror}")
         wrong = self.engine.answers_wrongly(source.name)
         return Result(
             f"{ended.describe()}; all traffic is back on {present.source}"
@@ -348,14 +346,14 @@ class Rollouts:
         found = self.under_way()
         if found and command == "split":
             raise Refused(_in_the_way(found[0]))
-        said = _said(replace(state, **changes), self.config.other(state.live))
-        if replace(state, **changes) == state:
+        said = _said(state._replace(**changes), self.config.other(state.live))
+        if state._replace(**changes) == state:
             return Result(f"{said[command]} already", outcome="nothing", details={"state": state.number})
         if command != "maintenance" and any(changes.values()):
             self.engine.check(self.config.other(state.live), ("ready",))
-        wanted = replace(state, **changes, since=now(), who=self.engine.who, reason=self.engine.reason, command=command)
+        wanted = state._replace(**changes, since=now(), who=self.engine.who, reason=self.engine.reason, command=command)
         if found:
-            self._write(replace(found[0], before=state.number, state=self._next_state()))
+            self._write(found[0]._replace(before=state.number, state=self._next_state()))
         written, _ = self.routing.switch(wanted)
         return Result(said[command], changed=True, details={"live": state.live, "state": written.number})
 

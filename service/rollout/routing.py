@@ -14,8 +14,8 @@ import json
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rollout import files
 from rollout.errors import ApplianceError
@@ -28,8 +28,7 @@ class RoutingBroken(ApplianceError):
     """`current` leads to something that isn't a complete state; only a hand or a bad disk does that."""
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """One routing state. `previous` is what a rollback returns to; `releases` holds each colour's release then.
 
     `split` is the percentage of users whom the idle colour serves, `shadow` that of requests which are copied to it.
@@ -44,7 +43,7 @@ class State:
     number: int = 0
     previous: str | None = None
     previous_release: int | None = None
-    releases: dict[str, int | None] = field(default_factory=dict)
+    releases: dict[str, int | None] = {}
     split: int = 0
     shadow: int = 0
     maintenance: bool = False
@@ -78,7 +77,7 @@ class Routing:
             raise self._broken(f"leads to {len(flags)} flag files of {' and '.join(self._colours)} instead of one")
         try:
             raw = json.loads((directory / "state.json").read_bytes())
-            state = State(**{key: raw[key] for key in State.__dataclass_fields__ if key in raw})
+            state = State(**{key: raw[key] for key in State._fields if key in raw})
         except OSError as error:
             raise self._broken(f"leads to a state without a readable state.json: {error.strerror}") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -123,7 +122,7 @@ class Routing:
         self.clean()
         for percent in {state.split, state.shadow} - {0}:
             self._ensure_share(percent)
-        state = replace(state, number=self.next_number())
+        state = state._replace(number=self.next_number())
         temporary = self.states / f".new-{state.number}"
         try:
             files.make_directory(temporary)
@@ -133,7 +132,7 @@ class Routing:
                     os.symlink(f"../../shares/{percent}", temporary / flag)
             if state.maintenance:
                 files.write_new(temporary / "maintenance", b"")
-            files.write_new(temporary / "state.json", json.dumps(asdict(state), indent=1).encode() + b"\n")
+            files.write_new(temporary / "state.json", json.dumps(state._asdict(), indent=1).encode() + b"\n")
             files.fsync_directory(temporary)
             os.rename(temporary, self.states / str(state.number))
         except OSError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
+import time
 from typing import Any
 
 
 def now() -> str:
     """The present time in UTC, RFC 3339, whole seconds."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def tidy(value: Any, limit: int = 500) -> str:

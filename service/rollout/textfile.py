@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -99,6 +98,8 @@ def _measured(entry: dict[str, Any]) -> tuple[float | None, float | None]:
     moment, durations = entry.get("switched_at"), entry.get("durations") or {}
     if moment is None:
         # Nobody measured it: when it was recorded, which is soon after.
+        import datetime
+
         with contextlib.suppress(KeyError, TypeError, ValueError):
             moment = datetime.datetime.fromisoformat(entry["time"]).timestamp()
     milliseconds = durations.get("switch_ms")

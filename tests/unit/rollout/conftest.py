@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -153,7 +152,11 @@ def box(monkeypatch, capsys):
     box = Box(root)
     box.capsys = capsys
     monkeypatch.setenv("PATH", f"{box.host.programs}:{os.environ['PATH']}")
-    monkeypatch.setattr("rollout.host.subprocess", SimpleNamespace(**{**vars(subprocess), "run": box.host.run}))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{box.host.docker_socket}")
+    run = subprocess.run
+    # The engine's commands only: a test may run programs of its own.
+    mine = lambda command: Path(command[0]).parent == box.host.programs  # noqa: E731
+    monkeypatch.setattr(subprocess, "run", lambda c, **options: (box.host.run if mine(c) else run)(c, **options))
     monkeypatch.setenv("SUDO_USER", "alice")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     yield box

@@ -1,8 +1,9 @@
 """Stand-ins for systemd, docker, the model containers and nginx.
 
 `systemctl`, `docker` and `journalctl` are small programs on PATH that ask `FakeHost`, which lives in the test's
-process. A started unit becomes a `FakeColour`, which serves HTTP on Unix sockets as the model container does. The
-`FakeFrontDoor` decides by the routing's flag files, afresh for every request, exactly as nginx does.
+process and serves docker's own socket, too. A started unit becomes a `FakeColour`, which serves HTTP on Unix sockets as
+the model container does. The `FakeFrontDoor` decides by the routing's flag files, afresh for every request, exactly as
+nginx does.
 """
 
 from __future__ import annotations
@@ -227,9 +228,10 @@ class FakeHost:
         self.units = {c: self._unit("inactive") for c in COLOURS}
         self.enabled: set[str] = set()
         self.journal: dict[str, str] = {}
-        self.docker_down = False
         self.start_watch = (0, "", "")
         self.calls: list[list[str]] = []
+        self.docker_fault: tuple[int, object] | None = None
+        """What docker's daemon answers instead: a status, and what its body holds."""
         self._starts = 0
         self._path = str(root / "host.sock")
         self._lock = threading.Lock()
@@ -239,6 +241,8 @@ class FakeHost:
             (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, path=self._path))
             (programs / name).chmod(0o755)
         self.programs = programs
+        self.docker_socket = str(root / "docker.sock")
+        self.docker = serve(self.docker_socket, self)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self._path)
         self._listener.listen(32)
@@ -282,11 +286,7 @@ class FakeHost:
 
     def _do(self, command):
         if command[0] == "docker":
-            if self.docker_down:
-                return 1, "", "Cannot connect to the Docker daemon"
-            known = {**self.images, **{i: i for i in self.images.values()}}
-            image = known.get(command[-1])
-            return (0, image + "\n", "") if image else (1, "", f"Error: No such image: {command[-1]}")
+            return 1, "", "Error: No such image"
         if command[0] == "journalctl":
             colour = command[1].partition("@")[2].partition(".")[0]
             return 0, self.journal.get(colour, ""), ""
@@ -304,6 +304,17 @@ class FakeHost:
         elif verb == "is-enabled":
             return (0, "enabled\n", "") if colour in self.enabled else (1, "disabled\n", "")
         return 0, "", ""
+
+    def answer(self, handler, _body):
+        """What docker's daemon says about an image."""
+        known = {**self.images, **{i: i for i in self.images.values()}}
+        name = handler.path.removeprefix("/images/").removesuffix("/json")
+        if self.docker_fault:
+            handler.send(*self.docker_fault)
+        elif name in known:
+            handler.send(200, {"Id": known[name], "RepoTags": []})
+        else:
+            handler.send(404, {"message": f"No such image: {name}"})
 
     def start(self, colour):
         lines = (self.config_dir / f"{colour}.env").read_text().splitlines()
@@ -339,6 +350,8 @@ class FakeHost:
 
     def close(self):
         self._listener.close()
+        self.docker.shutdown()
+        self.docker.server_close()
         for colour in list(self.running):
             self.stop(colour)
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import time
@@ -254,19 +255,46 @@ def test_bundle_faults(box):
     refused("symbolic link", good.parent / "8")
 
 
-def test_image_faults(box):
+def test_image_faults(box, monkeypatch):
     directory = box.bundle()
     answer = box.deploy("blue", directory, "appliance/model:none")
     assert answer.status == 1 and "isn't on this host" in answer.message
     assert box.deploy("blue", directory, "--force").status == 2
     assert box.deploy("blue", directory, "a b").status == 2
-    box.host.docker_down = True
+    (box.host.programs / "systemctl").unlink()
+    monkeypatch.setenv("PATH", str(box.host.programs))
     answer = box.deploy("blue", directory)
-    assert answer.status == 1 and "is the docker service running?" in answer.message
-    (box.host.programs / "docker").unlink()
-    os.environ["PATH"] = str(box.host.programs)
-    answer = box.deploy("blue", directory)
-    assert answer.status == 1 and "docker isn't on PATH" in answer.message
+    assert answer.status == 1 and "systemctl isn't on PATH" in answer.message
+
+
+def test_a_daemon_that_cant_say_isnt_an_image_that_is_gone(box, monkeypatch):
+    directory = box.bundle()
+    socket = box.host.docker_socket
+
+    def said():
+        answer = box.deploy("blue", directory)
+        found = re.fullmatch(
+            "docker can't say whether the image appliance/model:1 exists: (.*); is the docker service running[?]",
+            answer.message,
+        )
+        assert answer.status == 1 and box.audit()[-1]["outcome"] == "failed"
+        return found[1]
+
+    for fault, words in (
+        ((500, {"message": "disk\nfailed"}), "disk failed"),
+        ((404, {"message": "page not found"}), "page not found"),
+        ((404, b"<html>"), f"no usable answer on {socket}: Expecting value"),
+        ((200, {"id": 1}), f"no usable answer on {socket}: 'Id'"),
+        ((500, []), f"no usable answer on {socket}: list indices"),
+    ):
+        box.host.docker_fault = fault
+        assert said().startswith(words)
+    box.host.docker.server_close()
+    assert said() == f"no usable answer on {socket}: Connection refused"
+    os.unlink(socket)
+    assert said() == f"no usable answer on {socket}: there is no socket"
+    monkeypatch.setenv("DOCKER_HOST", "tcp://192.0.2.1:2375")
+    assert "DOCKER_HOST is tcp://192.0.2.1:2375, which is no unix:// socket" in box.deploy("blue", directory).message
 
 
 def test_a_full_disk_leaves_nothing_half_written(box, monkeypatch):

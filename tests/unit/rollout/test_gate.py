@@ -6,7 +6,6 @@ systemd would, the second kills that.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +15,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from rollout import gate
+from rollout import gate, gatesettings
 from rollout.config import Config
 from rollout.errors import Failed, Interrupted, Refused, UsageError
-from rollout.gate import Gate
+from rollout.gatesettings import Gate
 from rollout.interrupts import Interrupts
 from rollout.releases import Release
 from rollout_stand_ins import serve, wait_for
@@ -278,7 +277,7 @@ def test_a_signal_ends_the_load(bench):
 
 def test_locust_that_hangs_is_ended(bench, monkeypatch):
     monkeypatch.setattr(gate, "_START_SECONDS", -0.7)
-    bench.config = dataclasses.replace(bench.config, gate=Gate(seconds=0))
+    bench.config = bench.config._replace(gate=Gate(seconds=0))
     bench.locust("echo $$ >$0.pid; exec sleep 60")
     with pytest.raises(Failed, match="didn't end within"):
         bench.run()
@@ -287,9 +286,11 @@ def test_locust_that_hangs_is_ended(bench, monkeypatch):
 
 
 def test_a_gate_is_made_of_what_the_configuration_says():
-    assert gate.parse("gate", {}) == Gate()
+    assert gatesettings.parse("gate", {}) == Gate()
     raw = {"enabled": False, "users": 20, "seconds": 60, "max_error_share": 0.5, "max_p99_ms": 10}
-    assert gate.parse("gate", raw) == Gate(enabled=False, users=20, seconds=60, max_error_share=0.5, max_p99_ms=10)
+    assert gatesettings.parse("gate", raw) == Gate(
+        enabled=False, users=20, seconds=60, max_error_share=0.5, max_p99_ms=10
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_a_gate_is_made_of_what_the_configuration_says():
 )
 def test_a_gate_that_makes_no_sense_is_refused(raw, message):
     with pytest.raises(UsageError) as fault:
-        gate.parse("x: gate", raw)
+        gatesettings.parse("x: gate", raw)
     assert message in fault.value.message
 
 
@@ -336,7 +337,7 @@ def test_with_the_real_locust(bench, monkeypatch, bad):
     monkeypatch.setattr(gate, "LOCUST", Path(LOCUST))
     monkeypatch.setattr(gate, "LOCUSTFILE", Path(__file__).parents[3] / "service/loadtest/locustfile.py")
     limits = Gate(users=4, seconds=1, min_requests=10, min_requests_per_second=1)
-    bench.config = dataclasses.replace(bench.config, gate=limits)
+    bench.config = bench.config._replace(gate=limits)
     green = Green(bad)
     server = serve(("127.0.0.1", 0), green)
     try:

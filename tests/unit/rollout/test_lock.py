@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -128,10 +127,10 @@ def test_nobody_is_ended_for_a_note_that_isnt_the_holders(path):
     bystander = subprocess.Popen(["sleep", "30"])
     try:
         theirs = lock._Note(bystander.pid, lock._started(bystander.pid), "carol", "swap", "2", "2", 0.0)
-        earlier = replace(theirs, started=theirs.started - 1)
+        earlier = theirs._replace(started=theirs.started - 1)
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            for text in ("", "{}", json.dumps(asdict(earlier))):
+            for text in ("", "{}", json.dumps(earlier._asdict())):
                 path.write_text(text)
                 with pytest.raises(Refused, match="'lslocks' names it"):
                     lock.break_stale(path, force=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 from rollout import compare, shadow
 from rollout.routing import Routing, State
-from rollout.unixhttp import Answer, UnixConnection
+from rollout.unixhttp import Answer, ExchangeError, UnixConnection, exchange
 from rollout_stand_ins import COLOURS, serve, wait_for
 
 SERVICE = Path(__file__).resolve().parents[3] / "service"
@@ -96,9 +95,8 @@ class Shadow:
         return (self.root / "log").read_text()
 
     def ask(self, method, target, body=b"", headers=None):
-        self.connection.request(method, target, body, headers or {})
-        answer = self.connection.getresponse()
-        return answer.status, answer.read()
+        answer = exchange(self.connection, method, target, body, headers, timeout=10)
+        return answer.status, answer.body
 
     def copy(self, path="/predict", body=b'{"data": [1, 2]}', method="POST", **headers):
         """What nginx sends for a request to `path`; the status of the answer."""
@@ -404,7 +402,7 @@ def test_all_ends_when_a_process_that_compares_dies(stage):
     assert len(children) == 2
     os.kill(int(children[0]), signal.SIGKILL)
     for _ in range(2):
-        with contextlib.suppress(OSError, http.client.HTTPException):
+        with contextlib.suppress(OSError, ExchangeError):
             stage.copy()
     assert stage.process.wait(10) == 1
     assert stage.log.splitlines()[-1].endswith("a process that compares has died: everything starts afresh")

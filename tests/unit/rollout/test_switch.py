@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from rollout import audit
 from rollout.bundles import difference
+from rollout.errors import Refused
 from rollout_stand_ins import wait_for
 
 
@@ -236,6 +237,47 @@ def test_a_full_disk_refuses_the_swap(box, monkeypatch):
     assert box.snapshot() == before
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_as_many_workers_as_there_are_cores_are_asked_at_a_time(box, monkeypatch, cores):
+    box.live_on_blue()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    green, at_work, most, lock = box.host.running["green"], [], [], threading.Lock()
+    predict = green.predict
+
+    def slowly(body):
+        with lock:
+            at_work.append(1)
+            most.append(len(at_work))
+        time.sleep(0.1)
+        with lock:
+            at_work.pop()
+        return predict(body)
+
+    green.predict = slowly
+    assert box.run("swap", "--dry-run").status == 0
+    # Two examples on each of two workers.
+    assert (len(most), max(most)) == (4, cores)
+
+
+def test_the_first_worker_that_is_wrong_is_named(box, monkeypatch):
+    box.live_on_blue()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    green = box.host.running["green"]
+    green.servers[1].server_close()
+    green.faults.add("wrong")
+    for _ in range(3):
+        assert "green worker 0 doesn't answer: Connection refused" in box.run("swap").message
+    green.status = "degraded"
+    box.run("swap")
+    green.health = lambda real=green.health: real() | {"workers": {"wanted": 2, "ready": 1, "restarts": 0}}
+    # One may be missing; what the other says counts.
+    engine = box.engine()
+    with pytest.raises(Refused, match="green worker 1, example 1 of 2: response.output is 3.25 instead of 2.25"):
+        engine.check("green", ("degraded",))
+    green.faults.clear()
+    assert engine.check("green", ("degraded",))[0].number == 2
+
+
 def test_a_swap_away_from_a_dead_colour_works(box):
     box.live_on_blue()
     box.host.stop("blue")
@@ -267,6 +309,9 @@ def test_rollback_refuses_what_isnt_as_it_was(box):
     box.host.images.clear()
     assert "isn't on this host any more" in box.run("rollback").message
     box.host.images.update(images)
+    box.host.docker_fault = (500, {"message": "no"})
+    assert "docker can't say whether the image sha256:1111" in box.run("rollback").message
+    box.host.docker_fault = None
     box.deploy("blue", box.bundle("3.0.0"))
     assert "was live with release 1 and now holds release 3" in box.run("rollback").message
     assert box.snapshot() == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -52,7 +51,7 @@ def test_what_the_colours_hold_and_where_requests_go(box, out):
     assert info == {("blue", "live", "1", "simplemodel", "1.0.0"), ("green", "idle", "2", "simplemodel", "2.0.0")}
     assert (samples["appliance_split_percent",], samples["appliance_maintenance",]) == (0, 0)
     engine = box.engine()
-    engine.routing.switch(replace(engine.routing.read(), live="green", split=25, shadow=10, maintenance=True))
+    engine.routing.switch(engine.routing.read()._replace(live="green", split=25, shadow=10, maintenance=True))
     samples = write(box, out)
     assert ("appliance_release_info", "green", "live", "2", "simplemodel", "2.0.0") in samples
     assert samples["appliance_split_percent",] == 25
