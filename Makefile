@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help up status deploy swap canary rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
-  load bench bench-appliance bench-swaps bench-service serve bundle lock
+  load dashboards pictures bench bench-appliance bench-swaps bench-service serve bundle lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,12 @@ define molecule_on
 	@rm -rf .ansible/molecule-$(1)
 	MOLECULE_EPHEMERAL_DIRECTORY=$(CURDIR)/.ansible/molecule-$(1) LAB_NAME=$(or $(LAB_NAME),molecule)-$(1) LAB_SUITE=$(1) molecule test $(2) --report --no-command-borders
 endef
+
+dashboards: environment ## write roles/grafana/files/dashboards anew
+	@python -m roles.grafana.dashboards
+
+pictures: environment ## draw the dashboards with the lab's data, into docs/images/dashboards
+	@python -m roles.grafana.dashboards.pictures http://127.0.0.1:$(or $(LAB_PROMETHEUS_PORT),9090) docs/images/dashboards
 
 load: environment ## twenty swaps under load against the lab that `make up` made
 	pytest tests/load

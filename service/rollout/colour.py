@@ -120,7 +120,12 @@ class Colour:
             for number, example in enumerate(examples, 1):
                 title = f"{self.name} worker {worker}, example {number} of {len(examples)}"
                 body = json.dumps(example.request).encode()
-                headers = {"Content-Type": "application/json", "X-Request-ID": f"appliance-example-{worker}-{number}"}
+                headers = {
+                    "Content-Type": "application/json",
+                    "X-Request-ID": f"appliance-example-{worker}-{number}",
+                    # Examples say nothing about what clients ask.
+                    "X-Appliance-Probe": "1",
+                }
                 answer = exchange(connection, "POST", "/predict", body, headers, timeout=timeout)
                 if answer.status != 200:
                     raise Refused(

@@ -174,7 +174,7 @@ def test_device_auto_moves_the_model(manifest, monkeypatch):
 
 
 def test_bytes_need_a_preprocess(manifest):
-    rejected(manifest(input={"kind": "bytes"}), "input.kind is 'bytes'", "preprocess")
+    rejected(manifest(input={"kind": "bytes"}, reference=None), "input.kind is 'bytes'", "preprocess")
 
 
 def test_model_imports_files_of_its_own_bundle(bundle_dir, edit):
