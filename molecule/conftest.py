@@ -134,6 +134,9 @@ def pytest_runtest_makereport(item, call):
     report = yield
     host = getattr(item, "funcargs", {}).get("host")
     if report.when == "call" and report.failed and host is not None:
-        journal = host.run("journalctl --no-pager -n 20 -u 'model@*' -u nginx -u docker -u mtail -u 'prometheus*' -o cat")
+        journal = host.run(
+            "journalctl --no-pager -n 20 -u 'model@*' -u nginx -u docker -u mtail \
+            -u 'prometheus*' -o cat"
+        )
         report.sections.append(("journal of the host", journal.stdout))
     return report
