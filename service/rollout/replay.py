@@ -129,6 +129,8 @@ class Replayer:
         return {
             **{name: value for name, value in copy.headers.items() if name not in _NOT_COPIED},
             "x-request-id": request_id + _MARK,
+            # The request that it is a copy of counts for the statistics of inputs.
+            "x-appliance-probe": "1",
             "x-request-timeout": f"{min(self._settings.request_timeout_seconds, _LONGEST_TIMEOUT_SECONDS):g}",
         }
 

@@ -268,9 +268,9 @@ def test_whole_numbers_and_truth_values_are_counted(counted, dtype, row):
 
 def test_many_values_are_added_up_before_they_are_due(counted):
     found = counted(ONE)
-    found.counts.add([[10.0]] * 5000)
-    found.counts.add(torch.full((5000, 1), 10.0))
-    assert (len(found.counts._numbers), found.counts._tensors) == (0, [])
+    for rows in ([[10.0]] * 5000, torch.full((5000, 1), 10.0)):
+        found.counts.add(rows)
+        assert (len(found.counts._numbers), found.counts._tensors) == (0, [])
     found.counts.fold()
     assert found["rows", "x"] == 10_000
 
