@@ -131,10 +131,13 @@ class Edge:
         path: str = "/predict",
         headers: Mapping[str, str] | None = None,
         method: str = "POST",
-        body: bytes = b"{}",
+        body: bytes | Iterator[bytes] = b"{}",
         connection: http.client.HTTPConnection | None = None,
     ) -> Answer:
-        """One request, on a connection of its own unless one is given."""
+        """One request, on a connection of its own unless one is given. A body that is an iterator is sent in chunks."""
+        if not isinstance(body, bytes):
+            headers = {**(headers or {}), "Transfer-Encoding": "chunked"}
+            body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body) + b"0\r\n\r\n"
         if connection is None:
             with self.connection() as fresh:
                 return self.ask(path, headers, method, body, fresh)
