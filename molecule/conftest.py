@@ -93,10 +93,10 @@ def playbook() -> Callable[..., subprocess.CompletedProcess[str]]:
         program = Path(sys.executable).parent / "ansible-playbook"
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "MOLECULE_"))}
         return subprocess.run(
-            # No bakes, as Molecule's own runs have it; a test that wants one says so.
-            [str(program), f"playbooks/{name}.yml", "-e", "rollout_bake_seconds=0", *arguments],
+            [str(program), f"playbooks/{name}.yml", *arguments],
             cwd=PROJECT,
-            env={**environment, "LAB_NAME": LAB_NAME},
+            # No bakes, as Molecule's own runs have it; a test that wants one says so.
+            env={**environment, "LAB_NAME": LAB_NAME, "LAB_BAKE_SECONDS": "0"},
             capture_output=True,
             text=True,
             check=False,
