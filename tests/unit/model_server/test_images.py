@@ -529,6 +529,7 @@ OLD_OUTPUT = "output:\n  shape: [1]\n  dtype: float32"
 
 
 def test_manifest(edit):
+    edit("manifest.yaml", "reference: reference.json\n", "")
     edit("manifest.yaml", OLD_INPUT, IMAGE_INPUT)
     found = bundle.read(edit("manifest.yaml", OLD_OUTPUT, CLASSES_OUTPUT))
     assert found.input == ImageSpec(8, 6, 1, (0.5,), (0.25,), resize=10)

@@ -265,8 +265,11 @@ class FakeHost:
             except OSError:
                 return
             with connection, contextlib.suppress(OSError):
-                command = json.loads(connection.makefile().readline())
-                rc, out, err = self._ask(command)
+                line = connection.makefile().readline()
+                # Nothing, where a signal has ended the program before it could ask.
+                if not line:
+                    continue
+                rc, out, err = self._ask(json.loads(line))
                 connection.sendall(json.dumps({"rc": rc, "out": out, "err": err}).encode() + b"\n")
 
     def _ask(self, command):
