@@ -41,6 +41,9 @@ def test_a_playbook_explains_the_variables_that_it_takes(playbook):
         ("loadtest", ["user=3"], "Unknown variable(s) user: this playbook knows target, ramp, users"),
         ("loadtest", ["users=0"], "users is 0; it must be a whole number from 1 to 1000"),
         ("loadtest", ["target=blue"], "target must be production or test"),
+        ("drill", ["dril=errors"], "Unknown variable(s) dril: this playbook knows drill."),
+        ("drill", ["drill=errors", "appliance_drills_allowed=true"], "Unknown variable(s) appliance_drills_allowed: "),
+        ("drill", ["drill=errors"], "Drills break what clients use: they are for labs alone."),
     ],
 )
 def test_a_misspelt_variable_is_refused(tmp_path, playbook, given, said):
