@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -313,6 +314,10 @@ def _run(options: argparse.Namespace) -> Result:
         from rollout import requestlog
 
         return requestlog.find(config, options.request_id)
+    if name in ("deploy", "swap"):
+        # They take long, and site.yml may put other modules in their place meanwhile.
+        for late in ("drain", "gate", "judge"):
+            importlib.import_module(f"rollout.{late}")
     if name == "deploy":
         dry = options.dry_run
         command = f"deploy {tidy(options.colour, 40)}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +15,6 @@ from rollout.errors import ApplianceError, Failed, NeedsRoot, Refused
 from rollout.files import read_untrusted
 from rollout.releases import Release, Releases
 from rollout.text import tidy
-from rollout.together import together
 from rollout.unixhttp import ExchangeError, UnixConnection, exchange
 
 STATUSES = ("starting", "ready", "degraded", "unavailable", "draining")
@@ -102,15 +99,14 @@ class Colour:
         may_miss = 0 if health.status == "ready" else wanted - health.workers["ready"]
         if wanted < 1:
             raise Refused(f"{self.name} has no workers, so its examples can't be checked")
-        # No more at a time than there are cores: each then takes as long as on its own, and none comes too late.
-        asked = [functools.partial(self._run_on, number, examples) for number in range(wanted)]
-        for number, fault in enumerate(together(asked, len(os.sched_getaffinity(0)))):
-            if isinstance(fault, ExchangeError):
+        # One after the other: the others go on serving, whoever's colour it is.
+        for number in range(wanted):
+            try:
+                self._run_on(number, examples)
+            except ExchangeError as error:
                 if may_miss <= 0:
-                    raise Refused(f"{self.name} worker {number} doesn't answer: {tidy(fault)}")
+                    raise Refused(f"{self.name} worker {number} doesn't answer: {tidy(error)}") from None
                 may_miss -= 1
-            elif fault is not None:
-                raise fault
 
     def _run_on(self, worker: int, examples: list[Example]) -> None:
         timeout = self._config.request_timeout_seconds

@@ -71,7 +71,7 @@ class FrontDoor:
         headers = {"Content-Type": "application/json", "X-Request-ID": request_id, "X-Model-Track": track}
         try:
             return exchange(connection, "POST", f"{self._parts.path}/predict", body, headers, timeout=self._timeout)
-        except PermissionError as error:
+        except (PermissionError, ValueError) as error:
             raise ExchangeError(str(error)) from None
 
     def send(self, body: bytes, request_id: str, track: str) -> Answer:

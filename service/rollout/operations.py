@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import time
@@ -32,7 +31,6 @@ from rollout.releases import IMAGE, Release, Releases, settings_digest
 from rollout.report import Result, history_lines, progress, status_table
 from rollout.routing import Routing, RoutingBroken, State
 from rollout.text import now
-from rollout.together import together
 
 
 class Engine:
@@ -529,22 +527,14 @@ class Engine:
         progress(f"checking {name}: {title_of(release)}")
         directory = Path(release.bundle)
         examples = bundles.load_examples(directory, release.bundle_digest)
-        health, image = together(
-            [
-                functools.partial(colour.check, release, examples, accept),
-                functools.partial(host.image_id, release.image_id),
-            ],
-            2,
-        )
-        if isinstance(health, Exception):
-            raise health
-        if isinstance(image, Refused):
+        colour.check(release, examples, accept)
+        try:
+            host.image_id(release.image_id)
+        except Refused:
             raise Refused(
                 f"{name}: the image {release.image} of release {number} ({release.image_id[:19]}) isn't on this host "
                 f"any more, so {name} couldn't start again: deploy to {name} again"
-            )
-        if isinstance(image, Exception):
-            raise image
+            ) from None
         return release, examples
 
     def switch(
