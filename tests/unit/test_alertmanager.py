@@ -141,6 +141,9 @@ def test_a_secret_arrives_as_it_is(configuration):
         ({"severity": "page", "alertname": "LiveColourDown"}, {"severity": "page", "alertname": "ProbeFailing"}, True),
         ({"severity": "page", "alertname": "ProbeFailing"}, {"severity": "page", "alertname": "LiveColourDown"}, False),
         ({"severity": "page", "alertname": "LiveColourDown"}, {"severity": "page", "alertname": "DiskFull"}, False),
+        ({"severity": "page", "alertname": "EdgeDown"}, {"alertname": "JobDown", "job": "shadow"}, True),
+        ({"severity": "page", "alertname": "EdgeDown"}, {"alertname": "TargetDown", "job": "model"}, True),
+        ({"severity": "page", "alertname": "EdgeDown"}, {"alertname": "JobDown", "job": "node"}, False),
     ],
 )
 def test_a_cause_keeps_its_consequences_quiet(configuration, source, target, wanted):

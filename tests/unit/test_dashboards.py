@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from model_server.protocols import prediction_routes
 
 from roles.grafana.dashboards import __main__ as generator
 from roles.grafana.dashboards.builder import Dashboard, Query, Row, stat, timeseries
+from roles.grafana.dashboards.promql import PREDICTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "roles/grafana/files/dashboards").glob("*.json"))
@@ -242,6 +244,21 @@ def test_names_of_an_expression_are_found():
     }
     assert matchers('x{a="b", c!~"d|e{1}"} + y') == [("x", {"a", "c"})]
     assert declared("x_total{a,b} or `y`")["x_total"] == {"a", "b"}
+
+
+def test_all_routes_that_predict_count_as_predictions_and_no_others():
+    methods, paths = (re.compile(pattern) for pattern in re.findall(r'=~"([^"]*)"', PREDICTIONS))
+    for route in prediction_routes(models=None):
+        assert methods.fullmatch(route.method) and paths.fullmatch(route.rule), route
+    jobs = ("/v1/jobs", "/v1/model/<name>/jobs", "/v1/jobs/<job_id>/cancel")
+    for path in (*jobs, "/health", "/metrics", "/v2/repository/index", "other"):
+        assert not paths.fullmatch(path), path
+    assert not methods.fullmatch("GET")
+
+
+def test_a_dashboard_asks_for_all_routes_that_predict(dashboard):
+    for expression in expressions(dashboard):
+        assert not re.search(r'path="|http_requests_total(?!\{)', expression), expression
 
 
 def test_every_metric_exists(dashboard, known):

@@ -11,10 +11,10 @@ from roles.grafana.dashboards.builder import (
     timeline,
     timeseries,
 )
-from roles.grafana.dashboards.promql import quantile, rate, share
+from roles.grafana.dashboards.promql import PREDICTIONS, quantile, rate, share
 
 MODEL = 'job="model"'
-PREDICT = 'job="model", path="/predict"'
+PREDICT = f"{MODEL}, {PREDICTIONS}"
 # Enough for a comparison, and still about now.
 WINDOW = "30m"
 

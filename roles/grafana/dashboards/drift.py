@@ -253,7 +253,11 @@ DASHBOARD = Dashboard(
                     "What the live model's training script measured. A step is a switch to another release. Labels of "
                     "live rows aren't known to the appliance.",
                     "percentunit",
-                    Query(f"appliance:accuracy:ratio{{{MODEL}}}", "{{model}}"),
+                    Query(
+                        f"max by (model) (model_accuracy_ratio{{{MODEL}}}"
+                        ' and on (colour) appliance_release_info{role="live"})',
+                        "{{model}}",
+                    ),
                     width=12,
                     minimum=None,
                     maximum=1,

@@ -26,9 +26,14 @@ DASHBOARD = Dashboard(
             [
                 stat(
                     "Targets down",
-                    "Targets that don't answer their scrapes. A colour without a release is one of them.",
+                    "Targets that don't answer their scrapes. A colour without a release has nothing to answer with: "
+                    "it isn't counted.",
                     "short",
-                    Query("count(up == 0) or vector(0)", "down"),
+                    Query(
+                        'count(up{job!="model"} == 0 or up{job="model"} == 0 and on (colour) appliance_release_info)'
+                        " or vector(0)",
+                        "down",
+                    ),
                     steps=GOOD_IS_ZERO,
                 ),
                 stat(

@@ -11,7 +11,7 @@ from roles.grafana.dashboards.builder import (
     table,
     timeseries,
 )
-from roles.grafana.dashboards.promql import quantile, rate
+from roles.grafana.dashboards.promql import PREDICTIONS, quantile, rate
 
 PRODUCTION = 'environment="production"'
 BUDGET = {
@@ -69,7 +69,7 @@ DASHBOARD = Dashboard(
                 stat(
                     "Availability",
                     "Share of production's requests within 30 days that were answered well, which is neither 5xx nor "
-                    "429. No value until the edge's log has told of some.",
+                    "429; planned maintenance doesn't count. No value until the edge's log has told of some.",
                     "percentunit",
                     Query("1 - slo:error_ratio:rate30d", "30 days"),
                     width=3,
@@ -180,7 +180,7 @@ DASHBOARD = Dashboard(
                     "lines cross.",
                     "reqps",
                     Query(
-                        rate("http_requests_total", 'job="model", path="/predict"', "colour"),
+                        rate("http_requests_total", f'job="model", {PREDICTIONS}', "colour"),
                         "{{colour}}",
                     ),
                 ),

@@ -2,6 +2,10 @@
 
 import re
 
+# What the model service counts as http_requests_total for its routes that predict, whatever protocol a client speaks.
+# PUT is for those of TorchServe.
+PREDICTIONS = 'method=~"POST|PUT", path=~"/|.*predict|.*/infer|/predictions/.*"'
+
 
 def rate(metric: str, selector: str = "", by: str = "") -> str:
     """The sum of the rates per second of a counter."""

@@ -12,13 +12,13 @@ from roles.grafana.dashboards.builder import (
     table,
     timeseries,
 )
-from roles.grafana.dashboards.promql import mean, quantile, rate, share
+from roles.grafana.dashboards.promql import PREDICTIONS, mean, quantile, rate, share
 
 COLOUR = 'job="model", colour=~"$colour"'
 MODEL = f'{COLOUR}, model=~"$model"'
 # What rules record has no job.
 CHOSEN = 'colour=~"$colour", model=~"$model"'
-PREDICT = f'{COLOUR}, path="/predict"'
+PREDICT = f"{COLOUR}, {PREDICTIONS}"
 
 
 def percentiles(metric: str) -> list[Query]:
@@ -95,7 +95,8 @@ DASHBOARD = Dashboard(
             [
                 timeseries(
                     "Requests by status",
-                    "Answers to /predict per second, by HTTP status. 4xx is the client's fault, 5xx is ours.",
+                    "Answers to requests for predictions per second, by HTTP status. 4xx is the client's fault, 5xx is "
+                    "ours.",
                     "reqps",
                     Query(rate("http_requests_total", PREDICT, "colour, code"), "{{colour}} {{code}}"),
                 ),
