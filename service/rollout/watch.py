@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rollout import accesslog, bundles, files, host, judge, plan
@@ -27,6 +27,9 @@ _TICK_SECONDS = 1.0
 _LOCK_SECONDS = 60.0
 # So many failed requests of clients are looked at even where there are few requests altogether.
 _ENOUGH_ERRORS = 3
+# In a bake the times of clients are compared with those of another time, in which there was another load. So long they
+# condemn nobody, or for half of a shorter bake: bursts are over by then. Errors and health count from the first moment.
+_SETTLING_SECONDS = 15.0
 
 
 class _Later(Interrupts):
@@ -249,7 +252,10 @@ class Trial:
             # That the old colour has died since excuses nothing.
             of_old = Window()
         checks = [health, judge.errors(seen, of_old, self.config, _ENOUGH_ERRORS if met else least)]
-        checks += judge.latencies(*((new, old) if enough else (own_new, own_old)), self.config)
+        times = judge.latencies(*((new, old) if enough else (own_new, own_old)), self.config)
+        if baking and enough and self.elapsed < min(_SETTLING_SECONDS, self.wanted_seconds / 2):
+            times = [replace(check, verdict=NO_DATA) if check.verdict == FAIL else check for check in times]
+        checks += times
         shadow = self._shadow()
         return checks + ([shadow] if shadow else [])
 

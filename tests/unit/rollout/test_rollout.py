@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+import urllib.request
 
 import pytest
 from rollout import config, plan, watch
@@ -93,6 +94,31 @@ def test_a_release_that_does_worse_after_the_switch_goes_back(rollout, fault, wo
     carry_out(rollout)
     assert present(rollout).phase == plan.ROLLED_BACK and word in present(rollout).reason
     assert (rollout.state.live, rollout.state.previous) == ("blue", "green")
+
+
+def test_in_a_bake_a_burst_of_slow_answers_condemns_nobody(rollout, monkeypatch):
+    monkeypatch.setattr(watch, "_SETTLING_SECONDS", 1.5)
+    rollout.configure(bake_seconds=20, synthetic_per_second=0)
+    faulty(rollout, "slow")
+    over = threading.Event()
+
+    def client():
+        asked = urllib.request.Request(f"{rollout.door.url}/predict", b'{"data": [1, 2]}', {"X-Request-ID": "client"})
+        while not over.is_set():
+            urllib.request.urlopen(asked, timeout=10).close()
+
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: rollout.door.access_log.exists() and rollout.door.access_log.read_bytes().count(b"\n") > 50)
+        assert rollout.run("swap").status == 0
+        began = time.monotonic()
+        carry_out(rollout)
+    finally:
+        over.set()
+        thread.join(20)
+    assert present(rollout).phase == plan.ROLLED_BACK and "p50" in present(rollout).reason
+    assert time.monotonic() - began > 1.5
 
 
 @pytest.mark.parametrize("strategy", ["canary", "at-once"])
