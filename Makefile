@@ -11,7 +11,7 @@ BESIDE := reports/molecule-bookworm.log
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help up status deploy swap canary rollback shell down test engine environment lint unit molecule molecule-trixie molecule-bookworm \
+.PHONY: help up status deploy swap canary rollback shell down test engine environment programs lint unit molecule molecule-trixie molecule-bookworm \
   load dashboards pictures bench bench-appliance bench-swaps bench-service serve bundle lock
 
 help: ## list the targets
@@ -64,6 +64,9 @@ engine:
 environment:
 	@$(LAB) environment dev
 
+programs:
+	@$(LAB) programs
+
 lint: environment ## ansible-lint, yamllint, ruff
 	ruff check .
 	ruff format --check .
@@ -71,7 +74,7 @@ lint: environment ## ansible-lint, yamllint, ruff
 	ansible-lint --strict
 
 # One process more than there are cores, since many tests wait for servers that they have started.
-unit: environment ## tests that need no host
+unit: environment programs ## tests that need no host
 	pytest --numprocesses=$(shell expr $$(nproc) + 1) --dist=loadfile --reruns=1
 
 molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13, then provisioning on Debian 12

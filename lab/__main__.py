@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 
-from lab import controller, engine, image, machine
+from lab import controller, engine, image, machine, programs
 from lab.console import LabError, fail, run, say, step
 
 EXAMPLE = {"data": [0.2, 0.6]}
@@ -216,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     named("down", "remove the lab machine")
     command("environment", "install the pinned Python environment").add_argument("kind", choices=controller.LOCKS)
     command("engine", "make sure that a Docker engine answers")
+    command("programs", "unpack the programs that the unit tests run and this machine lacks")
     return parser
 
 
@@ -241,6 +242,8 @@ def main() -> int:
                 controller.ensure_environment(arguments.kind)
             case "engine":
                 engine.ensure()
+            case "programs":
+                programs.ensure()
     except LabError as error:
         return fail(error)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ PID = Path("/run/appliance-lab-dockerd.pid")
 # Label of what the lab makes in the engine: the checkout that it belongs to.
 OWNER = "appliance.lab.checkout"
 APT_LOCK = Path("/run/appliance-lab-apt.lock")
+APT_OPTIONS = ("-o", "DPkg::Lock::Timeout=600")
 
 
 def ensure() -> None:
@@ -86,15 +87,26 @@ def apt_install(*packages: str) -> None:
         raise LabError(
             f"Please install {' and '.join(packages)} first (as root: apt-get install {' '.join(packages)})."
         )
-    environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
-    install = [*environment, "apt-get", "-o", "DPkg::Lock::Timeout=600", "install", "-y", "--no-install-recommends"]
     # One at a time: the environment and the machine are made side by side, and both may need a package.
     with APT_LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # The package lists may be absent or stale: one refresh, and only when the first try fails.
-        if not succeeds([*install, *packages]):
-            run([*environment, "apt-get", "update"])
-            run([*install, *packages])
+        _with_package_lists("apt-get", *APT_OPTIONS, "install", "-y", "--no-install-recommends", *packages)
+
+
+def apt_download(directory: Path, *packages: str) -> None:
+    """Put the archives of Debian packages into a directory, without what they depend on. Root isn't needed.
+
+    :raises LabError: when apt can't bring them.
+    """
+    _with_package_lists("env", f"--chdir={directory}", "apt-get", "--quiet", "download", *packages)
+
+
+def _with_package_lists(*command: str) -> None:
+    # The package lists may be absent or stale: one refresh, and only when the first try fails.
+    if not succeeds(["env", "DEBIAN_FRONTEND=noninteractive", *command]):
+        if os.geteuid() == 0:
+            run(["apt-get", *APT_OPTIONS, "update"])
+        run(["env", "DEBIAN_FRONTEND=noninteractive", *command])
 
 
 def _start_daemon() -> None:

@@ -23,13 +23,13 @@ from rollout.unixhttp import Answer, exchange
 
 from benchmarks.processes import Process
 from benchmarks.servers import free_port
+from lab.programs import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles" / "edge"
 COLOURS = ("blue", "green")
 WORKERS = 2
-# Where Debian has nginx, which isn't on everybody's path.
-PATH = f"{os.environ['PATH']}:/usr/sbin"
+PATH = search_path()
 _START_SECONDS = 10.0
 
 
@@ -62,12 +62,14 @@ def render(directory: Path, port: int, metrics_port: int) -> str:
     command += ["--args", f"src={ROLE}/templates/nginx.conf.j2 dest={rendered} mode=0644"]
     subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, timeout=120)
     text = rendered.read_text()
+    etc = Path(shutil.which("nginx", path=PATH)).parents[2] / "etc/nginx"
     temporary = "".join(
         f"    {kind}_temp_path {directory}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     for there, here in (
         ("/run/nginx.pid", f"{directory}/nginx.pid"),
         ("/var/log/nginx/", f"{directory}/log/"),
+        ("/etc/nginx/", f"{etc}/"),
         ("http {\n", f"http {{\n{temporary}"),
     ):
         if there not in text:

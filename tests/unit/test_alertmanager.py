@@ -14,7 +14,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/alertmanager"
 MESSAGES = ROLE / "files/appliance.tmpl"
 
-needs_amtool = pytest.mark.skipif(shutil.which("amtool") is None, reason="amtool isn't installed here")
+needs_amtool = pytest.mark.skipif(shutil.which("amtool") is None, reason="needs amtool: make programs")
 
 EMAIL = {
     "alertmanager_email_to": "oncall@example.org",

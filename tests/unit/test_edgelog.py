@@ -13,7 +13,7 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/edgelog"
 
-needs_mtail = pytest.mark.skipif(shutil.which("mtail") is None, reason="mtail isn't installed here")
+needs_mtail = pytest.mark.skipif(shutil.which("mtail") is None, reason="needs mtail: make programs")
 
 ANSWERED = {
     "time_iso8601": "2026-01-31T12:00:00+00:00",

@@ -1,6 +1,7 @@
 """Prometheus's rules: each alert is explained, tested both ways, and asks for metrics and thresholds that exist.
 
-Where promtool is installed the rules' own tests run as well; on a provisioned host molecule/default does that.
+The rules' own tests run here with the promtool of the controller's distribution, and in molecule/monitoring with
+the host's.
 """
 
 import functools
@@ -167,7 +168,7 @@ def test_the_role_deploys_every_file():
     assert {entry["name"]: entry["src"] for entry in files} == {path.stem: f"rules/{path.name}" for path in FILES}
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool isn't installed; molecule/default runs it on a host")
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool: make programs")
 class TestWithPromtool:
     def test_rules_are_accepted(self, tmp_path):
         objectives = tmp_path / "objectives.yml"

@@ -139,6 +139,13 @@ class Traffic:
     def failed(self):
         return sum(count for (status, _), count in self.answers.items() if status != 200)
 
+    def more(self, count):
+        """Wait for so many more answers."""
+        wanted = self.answers.total() + count
+        while self.answers.total() < wanted:
+            assert any(thread.is_alive() for thread in self.threads), "no client is left"
+            time.sleep(0.05)
+
 
 def rollout(playbook, *arguments):
     return playbook("swap", "-e", "strategy=canary", *arguments)
@@ -178,15 +185,16 @@ def test_a_release_that_fails_after_the_switch_is_back_within_30_seconds(good_is
     live = engine("status")["live"]
     idle = place("20.1.0")
     with Traffic(edge) as traffic:
-        time.sleep(3)
+        traffic.more(100)
         started = time.monotonic()
         assert engine("swap")["live"] == idle
         while engine("status")["live"] != live:
             assert time.monotonic() < started + 30, "still on the bad release"
             time.sleep(0.2)
-        time.sleep(1)
+        # What was on its way to the bad release has been answered by then.
+        traffic.more(50)
         before = traffic.failed()
-        time.sleep(2)
+        traffic.more(100)
         assert traffic.failed() == before
     assert traffic.failed() > 0
     last = [entry for entry in engine("history -n 10")["entries"] if entry["command"] == "rollback"][-1]
@@ -274,8 +282,9 @@ def test_a_canary_survives_what_hits_both_colours(good_is_live, place, engine, h
     live = engine("status")["live"]
     version = engine("status")["colours"][live]["version"]
     idle = place("20.0.1" if version == "20.0.0" else "20.0.0")
-    assert engine("swap --strategy canary --detach")["rc"] == 0
-    time.sleep(3)
+    number = engine("swap --strategy canary --detach")["rollout"]
+    report = "/run/appliance/rollout.json"
+    eventually(lambda: json.loads(host.check_output(f"cat {report}"))["rollout"] == number, what="a look at the canary")
     host.check_output(f"systemctl kill --signal=KILL {unit}")
     eventually(lambda: engine("status")["rollout"] is None, 240, "the rollout's end")
     # A fault of both alone doesn't condemn the new release.

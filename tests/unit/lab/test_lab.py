@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import controller, engine, image, machine
+from lab import controller, engine, image, machine, programs
 from lab.__main__ import _lab_name, _machine_from, _parser, _predict
 from lab.console import LabError, run, wait_until
 
@@ -258,3 +259,41 @@ def test_the_inventory_without_a_lab_has_no_host():
     result = subprocess.run([PROJECT / "inventory/lab/hosts.py"], capture_output=True, text=True, env=environment)
     assert json.loads(result.stdout) == {"appliance": {"hosts": []}, "_meta": {"hostvars": {}}}
     assert "make up" in result.stderr
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """A machine that has none of the programs, nor a place for them yet."""
+    monkeypatch.setattr(programs, "ROOT", tmp_path / "programs")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(programs, "PACKAGES", {"a-program": ["a-package", "another"]})
+    return tmp_path
+
+
+def test_programs_are_unpacked_where_the_tests_look_for_them(monkeypatch, elsewhere):
+    def download(directory, *packages):
+        assert packages == ("a-package", "another")
+        (directory / "it.deb").touch()
+
+    def extract(command):
+        assert command[:2] == ["dpkg-deb", "--extract"] and command[2].name == "it.deb"
+        place = command[3] / "usr/bin/a-program"
+        place.parent.mkdir(parents=True)
+        place.touch(mode=0o755)
+
+    monkeypatch.setattr(programs.engine, "apt_download", download)
+    monkeypatch.setattr(programs, "run", extract)
+    found = shutil.which
+    monkeypatch.setattr(
+        programs.shutil, "which", lambda name, **more: found(name, **more) if more else f"/usr/bin/{name}"
+    )
+    programs.ensure()
+    assert found("a-program", path=programs.search_path()) == str(elsewhere / "programs/usr/bin/a-program")
+    monkeypatch.setattr(programs.engine, "apt_download", lambda *_: pytest.fail("it is there already"))
+    programs.ensure()
+
+
+def test_a_machine_without_apt_is_told_what_is_left_out(elsewhere, capsys):
+    programs.ensure()
+    assert "no apt, so tests that need a-program are left out" in capsys.readouterr().out
+    assert not (elsewhere / "programs").exists()

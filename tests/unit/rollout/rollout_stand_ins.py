@@ -96,6 +96,7 @@ class FakeColour:
         self.status = "starting" if "hang" in faults else "ready"
         self.workers = 2
         self.asked = 0
+        self.looked_at = 0
         self.servers = []
         for name in ["control.sock", *(f"worker-{i}.sock" for i in range(self.workers))]:
             path = directory / name
@@ -104,6 +105,7 @@ class FakeColour:
         (directory / "startup_error.json").unlink(missing_ok=True)
 
     def health(self):
+        self.looked_at += 1
         return {
             "status": self.status,
             "reason": None if self.status == "ready" else "the model is \x1b[31mwarming up",

@@ -328,8 +328,7 @@ def test_a_signal_while_waiting_puts_the_earlier_release_back(box, number):
     box.host.faults["2.0.0"] = {"hang"}
     directory = box.bundle("2.0.0")
     process = box.popen("deploy", "blue", "--bundle", directory, "--image", "appliance/model:1")
-    wait_for(lambda: getattr(box.host.running.get("blue"), "version", "") == "2.0.0")
-    time.sleep(0.3)
+    wait_for(lambda: (new := box.host.running.get("blue")) and new.version == "2.0.0" and new.looked_at > 1)
     process.send_signal(number)
     answer = box.finish(process)
     assert answer.status == 1

@@ -42,10 +42,11 @@ def carry_out(box):
 def in_background(box):
     thread = threading.Thread(target=carry_out, args=(box,), daemon=True)
     # Only the main thread may set handlers of signals.
+    running = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch.signal, "signal", lambda *_: None)
+        patch.setattr(watch.signal, "signal", lambda *_: running.set())
         thread.start()
-        time.sleep(0.05)
+        assert running.wait(60)
     return thread
 
 
@@ -156,9 +157,13 @@ def test_a_paused_canary_stays_and_is_judged(rollout):
     canary(rollout)
     assert rollout.run("pause").json["changed"] and not rollout.run("pause").json["changed"]
     thread = in_background(rollout)
-    time.sleep(0.6)
+    file = rollout.runtime_dir / "rollout.json"
+    wait_for(lambda: file.exists() and json.loads(file.read_text())["verdict"] == "pass")
+    # So many looks take longer than the step.
+    looks = set()
+    wait_for(lambda: looks.add(file.stat().st_mtime_ns) or len(looks) > QUICK["canary_step_seconds"] / 0.02)
     assert rollout.state.split == 1
-    report = json.loads((rollout.runtime_dir / "rollout.json").read_text())
+    report = json.loads(file.read_text())
     assert "paused" in report["text"] and report["checks"]
     assert "paused" in rollout.run("status").message
     rollout.run("resume")

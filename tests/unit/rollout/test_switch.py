@@ -537,9 +537,8 @@ def test_clients_see_no_failure_and_no_old_answer_after_a_swap(box):
     for _ in range(3):
         assert box.run("swap").status == 0
         done, live = time.monotonic(), box.state.live
-        time.sleep(0.1)
-        after = [colour for started, _, colour in seen if started > done]
-        assert after and set(after) == {live}
+        wait_for(lambda since=done: faults or sum(started > since for started, _, _ in seen) >= 20)
+        assert {colour for started, _, colour in seen if started > done} == {live}
     stop.set()
     thread.join()
     assert not faults and {status for _, status, _ in seen} == {200}
