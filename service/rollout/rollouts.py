@@ -165,6 +165,7 @@ class Rollouts:
         result.message += (
             f"; watched for {self.config.bake_seconds:g} s, in which a failure brings {present.source} back"
         )
+        result.details["rollout"] = watched.number
         return result
 
     def advance(self, number: int) -> Result:

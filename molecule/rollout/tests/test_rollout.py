@@ -201,6 +201,16 @@ def test_a_release_that_fails_after_the_switch_is_back_within_30_seconds(good_is
     assert last["cause"] == "errors"
 
 
+def test_a_swap_that_is_followed_fails_with_its_bake(good_is_live, place, playbook, engine, edge):
+    live = engine("status")["live"]
+    place("20.1.0")
+    with Traffic(edge):
+        told = playbook("swap", "-e", "follow=true")
+    assert told.returncode != 0
+    assert f"back on {live}" in " ".join(told.stdout.split())
+    assert engine("status")["live"] == live
+
+
 def test_without_clients_the_examples_are_sent(good_is_live, place, playbook, engine):
     idle = place("20.0.1" if engine("status")["colours"][engine("status")["live"]]["version"] == "20.0.0" else "20.0.0")
     told = rollout(playbook, "-e", "steps=50,100")

@@ -201,7 +201,8 @@ def test_a_hand_can_end_it(rollout, command, strategy):
 
 def test_a_swap_by_hand_ends_the_bake_of_the_one_before(rollout):
     rollout.configure(bake_seconds=20)
-    rollout.run("swap")
+    # What tells swap.yml that there is something to follow.
+    assert rollout.run("swap").json["rollout"] == present(rollout).number
     thread = in_background(rollout)
     assert rollout.run("swap").status == 0
     assert rollout.state.live == "blue" and present(rollout).target == "blue"
@@ -323,5 +324,6 @@ def test_maintenance_outlasts_a_swap_and_a_split_doesnt(rollout):
     rollout.run("maintenance", "on")
     rollout.run("split", "25")
     rollout.configure(bake_seconds=0)
-    assert rollout.run("swap").status == 0
+    swapped = rollout.run("swap")
+    assert swapped.status == 0 and "rollout" not in swapped.json
     assert (rollout.state.live, rollout.state.split, rollout.state.maintenance) == ("green", 0, True)
