@@ -35,6 +35,7 @@ from benchmarks.report import BenchError, Row, machine  # noqa: E402
 
 MARKS = ("<!-- drift-bench:begin, written by benchmarks/drift.py -->", "<!-- drift-bench:end -->")
 RULES = ROOT / "roles" / "prometheus" / "files" / "rules" / "drift.yml"
+THRESHOLDS = ROOT / "roles" / "prometheus" / "tests" / "thresholds.yml"
 MODEL, COLOUR = "simulated", "blue"
 FEATURES = 12
 TRAINING_ROWS = 20_000
@@ -131,7 +132,8 @@ def judge(series: Series, queries: Sequence[str], promtool: str) -> list[dict[st
     """
     end = f"{MINUTES - 1}m"
     document = {
-        "rule_files": [str(RULES)],
+        "rule_files": [str(THRESHOLDS), str(RULES)],
+        "group_eval_order": ["thresholds", "drift", "training"],
         "evaluation_interval": f"{EVALUATION_MINUTES}m",
         "tests": [
             {

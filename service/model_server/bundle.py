@@ -20,6 +20,8 @@ from model_server.reference import Reference
 from model_server.reference import parse as parse_reference
 
 MANIFEST = "manifest.yaml"
+# So that Prometheus's limit on a colour's series holds: each has about thirty.
+MOST_WATCHED = 200
 EXAMPLES = "examples.json"
 CHECKSUMS = "SHA256SUMS"
 
@@ -308,6 +310,12 @@ def _collection(directory: Path, digest: str, top: "_Fields", examples: tuple[Ex
         if not _NAME.fullmatch(item) or listed.count(item) > 1:
             raise top.fail("models", listed, f"a list of different names that match ^{_NAME.pattern}$")
         parts.append(_part(directory / item, item, bool(digest)))
+    watched = sum(len(part.reference.features) for part in parts if part.reference)
+    if watched > MOST_WATCHED:
+        raise _Problem(
+            f"{MANIFEST}: the references of its models have {watched} features together; at most {MOST_WATCHED} can be "
+            "watched for drift in one bundle: leave out a reference"
+        )
     # What the collection answers on /predict, its first model does.
     own = tuple(example for example in examples if example not in parts[0].examples)
     parts[0] = replace(parts[0], examples=parts[0].examples + own)

@@ -308,10 +308,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        status, body = self.answer(url.path, parse_qs(url.query))
-        content = json.dumps(body).encode()
+        if url.path == "/metrics":
+            status, content, kind = 200, b"grafana_up 1\n", "text/plain; version=0.0.4"
+        else:
+            status, body = self.answer(url.path, parse_qs(url.query))
+            content, kind = json.dumps(body).encode(), "application/json"
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

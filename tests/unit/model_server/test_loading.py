@@ -10,6 +10,7 @@ import torch
 import yaml
 from bundle_making import SHIPPED, write_sums
 from model_server import authoring, loading
+from model_server import bundle as bundle_module
 from model_server.bundle import BundleError, read
 from rollout import bundles
 from safetensors.torch import save_file
@@ -223,6 +224,14 @@ def test_several_models(collection):
     assert models.default is models.find("one")
     [[once]], [[twice]] = (model.predict([[[0.2, 0.6]]]) for model in models.all)
     assert twice == pytest.approx(2 * once)
+
+
+def test_references_of_more_features_than_can_be_watched(collection, monkeypatch):
+    monkeypatch.setattr(bundle_module, "MOST_WATCHED", 4)
+    assert read(collection).models[1].reference
+    monkeypatch.setattr(bundle_module, "MOST_WATCHED", 3)
+    with pytest.raises(BundleError, match="have 4 features together; at most 3 can be watched"):
+        read(collection)
 
 
 def test_imports_that_would_fail_in_the_workers(collection):
