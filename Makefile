@@ -7,7 +7,6 @@ PYTHON ?= python3
 BUNDLE ?= bundles/simplemodel/1.0.0
 PORT ?= 8000
 LAB := $(PYTHON) -m lab
-BESIDE := reports/molecule-bookworm.log
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
@@ -41,22 +40,8 @@ shell: ## open a shell on the lab's host
 down: ## remove what `make up` made
 	@$(LAB) down
 
-# Debian 12 beside all the rest, because each of the two waits for its host most of the time.
-test: engine environment ## run everything: lint, unit tests, Molecule and the swap under load
-	@mkdir -p $(dir $(BESIDE)); \
-	echo "==> Testing Debian 12 beside all that follows (log: $(BESIDE))"; \
-	$(MAKE) --no-print-directory molecule-bookworm >$(BESIDE) 2>&1 & beside=$$!; \
-	if ! $(MAKE) --no-print-directory lint unit molecule-trixie; then \
-	  kill $$beside 2>/dev/null; wait $$beside; \
-	  $(LAB) down --name $(or $(LAB_NAME),molecule)-bookworm; \
-	  echo "make test: failed; the reason stands above. Debian 12 was stopped with it." >&2; exit 1; \
-	fi; \
-	echo "==> Waiting for Debian 12"; \
-	if ! wait $$beside; then \
-	  cat $(BESIDE); echo "make test: failed on Debian 12; its log is $(BESIDE)." >&2; exit 1; \
-	fi; \
-	grep "passed in" $(BESIDE); \
-	echo "make test: everything passed."
+test: engine environment programs ## run everything: lint, unit tests, Molecule and the swap under load
+	@tests/run
 
 engine:
 	@$(LAB) engine
@@ -75,19 +60,20 @@ lint: environment ## ansible-lint, yamllint, ruff
 
 # One process more than there are cores, since many tests wait for servers that they have started.
 unit: environment programs ## tests that need no host
-	pytest --numprocesses=$(shell expr $$(nproc) + 1) --dist=loadfile --reruns=1
+	pytest --numprocesses=$(shell expr $$(nproc) + 1) --dist=loadfile --reruns=1 --durations=10
 
-molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13, then provisioning on Debian 12
+molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13, then on Debian 12
 
-# The default scenario first: it is the one that provisions a fresh host, which all others then use. Rollouts take their
-# time, and so run on Debian 12, where little else does.
-SCENARIOS := default $(filter-out default rollout,$(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
+# The default scenario first: it is the one that provisions a fresh host, which all others then use. The others are shared
+# out so that both hosts take about as long.
+ON_BOOKWORM := default rollout rotation swap
+SCENARIOS := default $(filter-out $(ON_BOOKWORM),$(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
 
 molecule-trixie: engine environment
 	$(call molecule_on,trixie,$(SCENARIOS:%=--scenario-name %))
 
 molecule-bookworm: engine environment
-	$(call molecule_on,bookworm,--scenario-name default --scenario-name rollout)
+	$(call molecule_on,bookworm,$(ON_BOOKWORM:%=--scenario-name %))
 
 # What an interrupted run left behind goes first: the machine, and Molecule's belief that it exists, which is a
 # directory of each run's own.
