@@ -11,7 +11,7 @@ from roles.grafana.dashboards.builder import (
     stat,
     timeseries,
 )
-from roles.grafana.dashboards.promql import quantile, rate, share
+from roles.grafana.dashboards.promql import percentiles, quantile, rate, share
 
 ALL = 'environment=~"$environment"'
 PRODUCTION = 'environment="production"'
@@ -116,10 +116,7 @@ DASHBOARD = Dashboard(
                     "Duration of a request",
                     "From the first byte of a request to the last of its answer, with the client's network.",
                     "s",
-                    *(
-                        Query(quantile(level, "edge_request_duration_seconds", ALL), f"p{round(level * 100)}")
-                        for level in (0.5, 0.95, 0.99)
-                    ),
+                    *percentiles("edge_request_duration_seconds", ALL),
                 ),
                 timeseries(
                     "Edge and worker",

@@ -11,7 +11,7 @@ from roles.grafana.dashboards.builder import (
     table,
     timeseries,
 )
-from roles.grafana.dashboards.promql import PREDICTIONS, quantile, rate
+from roles.grafana.dashboards.promql import PREDICTIONS, percentiles, rate
 
 PRODUCTION = 'environment="production"'
 BUDGET = {
@@ -117,10 +117,7 @@ DASHBOARD = Dashboard(
                     "Duration",
                     "Percentiles of the time from the first byte of a request to the last of its answer.",
                     "s",
-                    *(
-                        Query(quantile(level, "edge_request_duration_seconds", PRODUCTION), f"p{round(level * 100)}")
-                        for level in (0.5, 0.95, 0.99)
-                    ),
+                    *percentiles("edge_request_duration_seconds", PRODUCTION),
                 ),
             ],
         ),

@@ -2,6 +2,8 @@
 
 import re
 
+from roles.grafana.dashboards.builder import Query
+
 # What the model service counts as http_requests_total for its routes that predict, whatever protocol a client speaks.
 # PUT is for those of TorchServe.
 PREDICTIONS = 'method=~"POST|PUT", path=~"/|.*predict|.*/infer|/predictions/.*"'
@@ -21,6 +23,13 @@ def quantile(level: float, metric: str, selector: str = "", by: str = "") -> str
     """A quantile of a histogram's observations; nothing where there were none."""
     buckets = rate(f"{metric}_bucket", selector, f"{by}, le" if by else "le")
     return f"histogram_quantile({level}, {buckets}) >= 0"
+
+
+def percentiles(metric: str, selector: str, by: str = "") -> list[Query]:
+    """The median, the 95th and the 99th percentile, a line each and for each value of the label `by`."""
+    prefix = f"{{{{{by}}}}} " if by else ""
+    levels = (0.5, 0.95, 0.99)
+    return [Query(quantile(level, metric, selector, by), f"{prefix}p{round(level * 100)}") for level in levels]
 
 
 def share(metric: str, selector: str, bad: str, by: str = "") -> str:

@@ -12,20 +12,13 @@ from roles.grafana.dashboards.builder import (
     table,
     timeseries,
 )
-from roles.grafana.dashboards.promql import PREDICTIONS, mean, quantile, rate, share
+from roles.grafana.dashboards.promql import PREDICTIONS, mean, percentiles, quantile, rate, share
 
 COLOUR = 'job="model", colour=~"$colour"'
 MODEL = f'{COLOUR}, model=~"$model"'
 # What rules record has no job.
 CHOSEN = 'colour=~"$colour", model=~"$model"'
 PREDICT = f"{COLOUR}, {PREDICTIONS}"
-
-
-def percentiles(metric: str) -> list[Query]:
-    return [
-        Query(quantile(level, metric, MODEL, "colour"), f"{{{{colour}}}} p{round(level * 100)}")
-        for level in (0.5, 0.95, 0.99)
-    ]
 
 
 DASHBOARD = Dashboard(
@@ -122,19 +115,19 @@ DASHBOARD = Dashboard(
                     "Duration of a request",
                     "From the whole request to the whole answer, without the edge and the network.",
                     "s",
-                    *percentiles("model_request_duration_seconds"),
+                    *percentiles("model_request_duration_seconds", MODEL, "colour"),
                 ),
                 timeseries(
                     "Time in the model",
                     "What the model takes for a batch.",
                     "s",
-                    *percentiles("prediction_duration_seconds"),
+                    *percentiles("prediction_duration_seconds", MODEL, "colour"),
                 ),
                 timeseries(
                     "Waiting for the model",
                     "What a request waits until the model takes it. This grows first when there is too much to do.",
                     "s",
-                    *percentiles("model_queue_wait_seconds"),
+                    *percentiles("model_queue_wait_seconds", MODEL, "colour"),
                 ),
                 heatmap(
                     "Distribution of the durations",
