@@ -46,6 +46,12 @@ SECOND_RUN_BAR_S = 45.0
 SWITCH_BAR_MS = 50.0
 MEMORY_BAR_MIB = 260.0
 MEMORY_WORKERS = 2
+MONITORING_CPU_BAR_PERCENT = 3.0
+MONITORING_MEMORY_BAR_MIB = 250.0
+MONITORING_UNITS = (
+    *("prometheus", "prometheus-node-exporter", "prometheus-nginx-exporter", "prometheus-alertmanager"),
+    *("prometheus-blackbox-exporter", "mtail"),
+)
 # So that a clean clone doesn't meet the lab that is there already: other names, other ports. Nor pip's cache.
 CLONE_ENVIRONMENT = {
     "PIP_NO_CACHE_DIR": "1",
@@ -197,11 +203,60 @@ def pss_by_colour(output: str) -> dict[str, list[int]]:
     return found
 
 
+# Each unit is one process. The fields of /proc/PID/stat after the name in brackets: user and system time are the 12th and
+# 13th, of children that have ended the 14th and 15th.
+MONITORING_SCRIPT = f"""
+for unit in {" ".join(MONITORING_UNITS)}; do
+    pid=$(systemctl show --property=MainPID --value "$unit")
+    [ "$pid" -gt 0 ] || {{ echo "$unit doesn't run" >&2; exit 1; }}
+    ticks=$(sed 's/.*) //' "/proc/$pid/stat" | awk '{{ print $12 + $13 + $14 + $15 }}')
+    pss=$(sed -n 's/^Pss: *\\([0-9]*\\) kB$/\\1/p' "/proc/$pid/smaps_rollup")
+    echo "$unit $pid $ticks $pss"
+done
+getconf CLK_TCK
+"""
+
+
+def measure_monitoring(given: argparse.Namespace) -> list[Row]:
+    """What monitoring takes of the host at rest: its share of one core over a while, and its memory (PSS) at the end."""
+    host = Host(given.host_command)
+
+    def look() -> tuple[dict[str, tuple[str, int, int]], int, float]:
+        *lines, hertz = asyncio.run(host.script(MONITORING_SCRIPT)).splitlines()
+        return monitoring_processes(lines), int(hertz), time.monotonic()
+
+    first, hertz, began = look()
+    time.sleep(given.rest_seconds)
+    last, _, ended = look()
+    if {unit: row[0] for unit, row in first.items()} != {unit: row[0] for unit, row in last.items()}:
+        raise BenchError("a unit of monitoring was restarted while it was measured")
+    percent = {unit: 100 * (last[unit][1] - first[unit][1]) / hertz / (ended - began) for unit in last}
+    mib = {unit: row[2] / 1024 for unit, row in last.items()}
+    command, runs = f"/proc/PID/stat and smaps_rollup of {', '.join(MONITORING_UNITS)}", f"{ended - began:.0f} s"
+
+    def row(figure: str, values: dict[str, float], unit: str, bar: float) -> Row:
+        most = max(values, key=lambda name: values[name])
+        note = f"without Grafana; {most} {values[most]:.1f} of it"
+        return Row("monitoring", figure, sum(values.values()), unit, bar, note, command, runs)
+
+    return [
+        row("monitoring at rest, of one core", percent, "%", MONITORING_CPU_BAR_PERCENT),
+        row("memory of monitoring", mib, "MiB", MONITORING_MEMORY_BAR_MIB),
+    ]
+
+
+def monitoring_processes(lines: Sequence[str]) -> dict[str, tuple[str, int, int]]:
+    """Process id, clock ticks and KiB of PSS of each unit, from lines `UNIT PID TICKS KIB`."""
+    rows = (line.split() for line in lines)
+    return {unit: (pid, int(ticks), int(kib)) for unit, pid, ticks, kib in rows}
+
+
 BENCHMARKS: Mapping[str, Callable[[argparse.Namespace], list[Row]]] = {
     "provision": measure_provision,
     "second-run": measure_second_run,
     "swaps": measure_swaps,
     "memory": measure_memory,
+    "monitoring": measure_monitoring,
 }
 
 
@@ -274,6 +329,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=known.get("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND),
         help="%(default)s",
     )
+    parser.add_argument("--rest-seconds", type=float, default=120, help="of monitoring at rest (%(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="runs of second-run (%(default)s)")
     parser.add_argument("--site-command", default="ansible-playbook playbooks/site.yml", help="%(default)s")
     parser.add_argument("--provision-command", default="make up", help="run in the clean clone (%(default)s)")

@@ -54,6 +54,26 @@ def test_memory_is_summed_for_each_colour():
     assert bench.pss_by_colour("blue 10 1000\nblue 11 24\ngreen 12 5\n") == {"blue": [1000, 24], "green": [5]}
 
 
+def test_monitoring_is_measured_between_two_looks(monkeypatch):
+    looks = iter(["prometheus 7 1000 2048\nmtail 8 10 1024\n100\n", "prometheus 7 1100 4096\nmtail 8 30 1024\n100\n"])
+    clock = iter([50.0, 90.0])
+
+    class Host:
+        def __init__(self, command):
+            pass
+
+        async def script(self, text):
+            return next(looks)
+
+    monkeypatch.setattr(bench, "Host", Host)
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(bench.time, "sleep", lambda seconds: None)
+    cpu, memory = bench.measure_monitoring(bench.parse(["--host-command", "x"]))
+    # 120 ticks of 10 ms in 40 s.
+    assert (cpu.value, cpu.verdict) == (3.0, "PASS") and "prometheus 2.5 of it" in cpu.note
+    assert (memory.value, memory.unit) == (5.0, "MiB")
+
+
 def test_new_rows_replace_their_own_benchmark_only():
     merged = merge(
         [row("swaps", 1), row("memory", 2)], [row("memory", 3), row("second-run", 4)], list(bench.BENCHMARKS)
