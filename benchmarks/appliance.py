@@ -203,8 +203,8 @@ def pss_by_colour(output: str) -> dict[str, list[int]]:
     return found
 
 
-# Each unit is one process. The fields of /proc/PID/stat after the name in brackets: user and system time are the 12th and
-# 13th, of children that have ended the 14th and 15th.
+# Each unit is one process. After the name in brackets, fields 12 and 13 of /proc/PID/stat are its user and system time,
+# 14 and 15 those of its children that have ended.
 MONITORING_SCRIPT = f"""
 for unit in {" ".join(MONITORING_UNITS)}; do
     pid=$(systemctl show --property=MainPID --value "$unit")
@@ -218,7 +218,7 @@ getconf CLK_TCK
 
 
 def measure_monitoring(given: argparse.Namespace) -> list[Row]:
-    """What monitoring takes of the host at rest: its share of one core over a while, and its memory (PSS) at the end."""
+    """What monitoring takes of a host at rest: its share of one core over a while, and its memory (PSS) at the end."""
     host = Host(given.host_command)
 
     def look() -> tuple[dict[str, tuple[str, int, int]], int, float]:
