@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,8 @@ _DEFAULTS = {
 }
 _BATCH = 2000
 _ANSWER_SECONDS = 5.0
+_SILENT_SECONDS = 60.0
+_NUMBER = re.compile(r"\d+")
 
 
 class Unreachable(Exception):
@@ -48,16 +52,38 @@ class Record:
     is_end: bool = False
 
 
+class Seldom(logging.Filter):
+    """Lets a message through once in a while: librdkafka repeats itself many times a second where no broker answers.
+
+    Messages that differ in numbers alone are the same.
+    """
+
+    def __init__(self, seconds: float = _SILENT_SECONDS) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._told: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        self._told = {text: told for text, told in self._told.items() if told + self._seconds > now}
+        text = _NUMBER.sub("0", record.getMessage())
+        if text in self._told:
+            return False
+        self._told[text] = now
+        return True
+
+
 class Kafka:
     """A consumer. For one thread."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         """Raises DriftError where librdkafka refuses the settings; no connection is made yet."""
         self._log = logging.getLogger("librdkafka")
+        client = self._log.getChild("client")
+        for log in (self._log, client):
+            log.filters[:] = [Seldom()]
         try:
-            self._consumer = Consumer(
-                {**_DEFAULTS, **settings, **_OURS, "error_cb": self._on_error}, logger=self._log.getChild("client")
-            )
+            self._consumer = Consumer({**_DEFAULTS, **settings, **_OURS, "error_cb": self._on_error}, logger=client)
         except (KafkaException, ValueError, TypeError) as error:
             raise DriftError(f"kafka: librdkafka refuses the settings: {_words(error)}") from None
         self.is_down = False

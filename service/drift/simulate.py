@@ -25,6 +25,7 @@ from drift.reference import Feature, Reference
 
 _REPORT_SECONDS = 10.0
 _TIMEOUT_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
 
 
 def draw(feature: Feature, generator: random.Random) -> float:
@@ -139,9 +140,13 @@ def _training(arguments: argparse.Namespace) -> int:
 
     try:
         # Idempotent: no row is there twice where an answer got lost.
-        producer = Producer({"linger.ms": 50, **settings, "enable.idempotence": True})
+        producer = Producer({"linger.ms": 50, "log_level": 0, **settings, "enable.idempotence": True})
     except KafkaException as error:
         raise DriftError(f"librdkafka refuses the settings: {error.args[0].str()}") from None
+    try:
+        producer.list_topics(timeout=_ANSWER_SECONDS)
+    except KafkaException as error:
+        raise DriftError(f"no answer from Kafka at {settings['bootstrap.servers']}: {error.args[0].str()}") from None
     for row in _paced(itertools.islice(drawn, arguments.rows), arguments.rate):
         content = json.dumps({"features": row}).encode()
         while True:

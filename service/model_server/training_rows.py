@@ -47,7 +47,10 @@ def _of_csv(path: Path, features: Sequence[str]) -> _Columns:
         except ValueError:
             for name in features:
                 if first.count(name) != 1:
-                    raise ValueError(f"names {first.count(name)} columns {name!r} in line 1; one is needed") from None
+                    raise ValueError(
+                        f"names {first.count(name)} columns {name!r} in line 1; one is needed. It names "
+                        f"{', '.join(map(repr, first[:20]))}{', …' if len(first) > 20 else ''}"
+                    ) from None
             places = {name: first.index(name) for name in features or first}
             columns = {name: array.array("d") for name in places}
         else:

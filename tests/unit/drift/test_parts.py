@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from drift import config, live
@@ -183,3 +185,20 @@ def test_a_configuration_that_cannot_be_used_says_why_and_no_password(tmp_path, 
     with pytest.raises(DriftError, match=message) as raised:
         config.read(path)
     assert str(path) in str(raised.value) and "secret" not in str(raised.value)
+
+
+def test_librdkafka_repeats_itself_in_vain(monkeypatch):
+    kafka = pytest.importorskip("drift.kafka", reason="needs confluent-kafka (roles/drift/files/requirements.txt)")
+    now = [0.0]
+    monkeypatch.setattr(kafka, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    seldom = kafka.Seldom(60)
+
+    def told(text):
+        return seldom.filter(logging.LogRecord("librdkafka", logging.WARNING, "", 0, text, (), None))
+
+    assert told("broker-1: no answer after 12 ms") and told("broker down")
+    assert not told("broker-1: no answer after 13 ms")
+    now[0] = 59.0
+    assert not told("broker down")
+    now[0] = 61.0
+    assert told("broker-1: no answer after 14 ms")

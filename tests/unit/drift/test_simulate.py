@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -112,6 +113,20 @@ def appliance():
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def test_without_a_broker_it_gives_up(box, monkeypatch, capsys):
+    pytest.importorskip("confluent_kafka", reason="needs confluent-kafka (roles/drift/files/requirements.txt)")
+    monkeypatch.setattr(simulate, "_ANSWER_SECONDS", 0.3)
+    bundle = box.bundle()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(
+            sys, "argv", ["simulate", "training", f"--bundle={bundle}", f"--bootstrap={address}", "--topic=rows"]
+        )
+        assert simulate.main() == 1
+    assert f"no answer from Kafka at {address}" in capsys.readouterr().err
 
 
 def test_traffic_is_predictions_with_the_shift_that_was_asked_for(box, appliance):
