@@ -32,6 +32,9 @@ from rollout.report import Result, history_lines, progress, status_table
 from rollout.routing import Routing, RoutingBroken, State
 from rollout.text import now
 
+# The colour to leave may hang, and so may Docker: a rollback waits no longer for what they say.
+_URGENT_SECONDS = 1.0
+
 
 class Engine:
     """The commands of `appliance`. Each returns a Result or raises ApplianceError or OSError.
@@ -483,12 +486,14 @@ class Engine:
             )
         release, examples = self.check(target, ("ready",))
         if dry_run:
-            return self._would_switch(target, release, examples, state)
+            return self._would_switch("swap", target, release, examples, state)
         return self.switch("swap", target, release, examples, state)
 
-    def _would_switch(self, target: str, release: Release, examples: list[Example], state: State) -> Result:
+    def _would_switch(
+        self, command: str, target: str, release: Release, examples: list[Example], state: State
+    ) -> Result:
         """What a dry run of a switch answers, once all checks have passed."""
-        self.front_door.open_held(_request_body(examples)).close()
+        self.front_door.open_held(_request_body(examples), _patience(command)).close()
         return Result(
             f"would make {target} live: {title_of(release)}, ready, {len(examples)} examples reproduce",
             details={"live": state.live, "state": state.number, "release": release.number, "would_change": True},
@@ -514,7 +519,7 @@ class Engine:
         except Refused as fault:
             raise Refused(f"can't roll back to {target}: {fault.message}") from fault
         if dry_run:
-            return self._would_switch(target, release, examples, state)
+            return self._would_switch("rollback", target, release, examples, state)
         return self.switch("rollback", target, release, examples, state)
 
     def check(self, name: str, accept: tuple[str, ...]) -> tuple[Release, list[Example]]:
@@ -543,7 +548,7 @@ class Engine:
         """Make `target` live and verify it; `state` is the present state. Raises Failed after switching back."""
         started = time.monotonic()
         body = _request_body(examples)
-        held = self.front_door.open_held(body)
+        held = self.front_door.open_held(body, _patience(command))
         numbers = {name: self.number_on(name) for name in self.config.colours}
         wanted = State(
             live=target,
@@ -660,6 +665,11 @@ class Engine:
 
 def title_of(release: Release) -> str:
     return f"{release.name} {release.version}, release {release.number}"
+
+
+def _patience(command: str) -> float | None:
+    """The seconds that a command waits for what it can do without; None: no limit of its own."""
+    return _URGENT_SECONDS if command == "rollback" else None
 
 
 def _request_body(examples: list[Example]) -> bytes:

@@ -149,7 +149,8 @@ class FakeColour:
 
 
 class FakeFrontDoor:
-    """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour.
+    """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour; `mute` says
+    something that isn't HTTP while blue is live. A colour in `hangs` answers when the front door stops.
 
     `sheds` holds what the next answers of the live colour have instead of its own: (status, colour), oldest first.
     A split is served by turns, and each prediction leaves its line in the access log.
@@ -159,6 +160,7 @@ class FakeFrontDoor:
         self.routing, self.host, self.faults, self.requests = routing, host, set(), []
         self.sheds, self._serial = [], itertools.count()
         self.slow = 0.0
+        self.hangs, self._over = set(), threading.Event()
         self.access_log = root / "access.log"
         self.access_log.touch()
         self.server = serve(("127.0.0.1", 0), self)
@@ -202,10 +204,15 @@ class FakeFrontDoor:
         self.requests.append((handler.__dict__.setdefault("serial", next(self._serial)), colour))
         running = self.host.running.get(colour)
         time.sleep(self.slow)
+        if colour in self.hangs:
+            self._over.wait()
         if colour is None:
             handler.send(503, {"error": "no colour is live"})
         elif running is None or colour in self.faults:
             handler.send(502, {"error": "bad gateway"})
+        elif "mute" in self.faults and colour == "blue":
+            handler.sent = 0
+            handler.wfile.write(b"what?\r\n\r\n")
         elif self.sheds and "before" not in handler.headers["X-Request-ID"]:
             status, named = self.sheds.pop(0)
             handler.send(status, {"error": "busy"}, {"X-Model-Colour": named})
@@ -213,6 +220,7 @@ class FakeFrontDoor:
             handler.send(*running.predict(body), {"X-Model-Colour": colour})
 
     def stop(self):
+        self._over.set()
         self.server.shutdown()
         self.server.server_close()
 

@@ -284,6 +284,30 @@ def test_a_swap_away_from_a_dead_colour_works(box):
     assert box.run("status").status == 0
 
 
+@pytest.mark.parametrize("command", ["swap", "rollback"])
+@pytest.mark.parametrize("fault", ["hangs", "mute"])
+def test_a_switch_away_from_a_colour_that_answers_nothing_usable_works(box, command, fault):
+    box.live_on_blue()
+    if command == "rollback":
+        box.run("swap")
+        box.run("swap")
+    box.door.hangs.update({"blue"} if fault == "hangs" else ())
+    box.door.faults.update({"mute"} if fault == "mute" else ())
+    assert box.run(command, "--dry-run").status == 0
+    answer = box.run(command)
+    assert (answer.status, answer.json["live"]) == (0, "green"), answer.message
+    assert "the live colour doesn't answer" in answer.err and "6 requests verified" in answer.message
+
+
+def test_a_rollback_doesnt_wait_for_a_colour_that_hangs(box):
+    box.configure(request_timeout_seconds=60)
+    box.live_on_blue()
+    box.run("swap")
+    box.door.hangs.add("green")
+    answer = box.run("rollback")
+    assert (answer.status, answer.json["live"]) == (0, "blue") and answer.json["seconds"] < 30
+
+
 def test_rollback_twice(box):
     box.live_on_blue()
     assert box.run("rollback").status == 1
