@@ -486,10 +486,10 @@ class Engine:
             )
         release, examples = self.check(target, ("ready",))
         if dry_run:
-            return self._would_switch("swap", target, release, examples, state)
+            return self.would_switch("swap", target, release, examples, state)
         return self.switch("swap", target, release, examples, state)
 
-    def _would_switch(
+    def would_switch(
         self, command: str, target: str, release: Release, examples: list[Example], state: State
     ) -> Result:
         """What a dry run of a switch answers, once all checks have passed."""
@@ -515,15 +515,18 @@ class Engine:
                 f"or swap if you want what it holds"
             )
         try:
-            release, examples = self.check(target, HEALTHY)
+            release, examples = self.check(target, HEALTHY, urgent=True)
         except Refused as fault:
             raise Refused(f"can't roll back to {target}: {fault.message}") from fault
         if dry_run:
-            return self._would_switch("rollback", target, release, examples, state)
+            return self.would_switch("rollback", target, release, examples, state)
         return self.switch("rollback", target, release, examples, state)
 
-    def check(self, name: str, accept: tuple[str, ...]) -> tuple[Release, list[Example]]:
-        """All that must be true of a colour before it becomes live. Raises ApplianceError."""
+    def check(self, name: str, accept: tuple[str, ...], *, urgent: bool = False) -> tuple[Release, list[Example]]:
+        """All that must be true of a colour before it becomes live. Raises ApplianceError.
+
+        Where it is `urgent`, it is enough that Docker doesn't deny the image: a colour that serves can do without.
+        """
         colour = self.colour(name)
         number = self.releases.placed(name)
         if number is None:
@@ -534,12 +537,19 @@ class Engine:
         examples = bundles.load_examples(directory, release.bundle_digest)
         colour.check(release, examples, accept)
         try:
-            host.image_id(release.image_id)
+            if urgent:
+                host.image_id(release.image_id, _URGENT_SECONDS)
+            else:
+                host.image_id(release.image_id)
         except Refused:
             raise Refused(
                 f"{name}: the image {release.image} of release {number} ({release.image_id[:19]}) isn't on this host "
                 f"any more, so {name} couldn't start again: deploy to {name} again"
             ) from None
+        except Failed as fault:
+            if not urgent:
+                raise
+            progress(f"going on although {fault.message}")
         return release, examples
 
     def switch(

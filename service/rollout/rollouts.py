@@ -312,9 +312,9 @@ class Rollouts:
             if placed.details.get("pending"):
                 raise Refused(placed.message)
             progress(f"{placed.message}; it has the settings of today")
-        release, examples = self.engine.check(idle, HEALTHY)
+        release, examples = self.engine.check(idle, HEALTHY, urgent=True)
         if dry_run:
-            return self.engine.swap(idle, dry_run=True)
+            return self.engine.would_switch("rollback", idle, release, examples, state)
         return self.engine.switch("rollback", idle, release, examples, state)
 
     def settle(self, reason: str) -> Result:
