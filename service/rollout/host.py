@@ -104,6 +104,17 @@ def shutting_down() -> bool:
     return run(["systemctl", "is-system-running"]).stdout.strip() == "stopping"
 
 
+def boot() -> str | None:
+    """What no two boots of this host have in common, or None where it can't be told."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # A container that boots anew has the kernel's id of before: its first process began at another time.
+        began = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+    return f"{kernel}-{began}"
+
+
 def enable_unit(unit: str) -> None:
     """Make the unit start at boot. Raises Failed."""
     answer = run(["systemctl", "enable", unit])

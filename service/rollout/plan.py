@@ -19,7 +19,8 @@ class Plan(NamedTuple):
 
     `state` is the routing state that this plan made last, or is about to make after `before`: where the present one is
     neither, somebody switched by hand and the plan is over. `first` is the state from before it all. `mark` begins the
-    ids of its own requests. `asked` is an order that `watch` hasn't carried out yet. Times are RFC 3339.
+    ids of its own requests. `asked` is an order that `watch` hasn't carried out yet. `boot` is the boot of the host in
+    which it was begun, None where an older engine began it. Times are RFC 3339.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Plan(NamedTuple):
     asked: str | None = None
     ended: str | None = None
     reason: str | None = None
+    boot: str | None = None
 
     @property
     def under_way(self) -> bool:

@@ -103,6 +103,7 @@ class Rollouts:
             who=self.engine.who,
             since=now(),
             steps=steps,
+            boot=host.boot(),
         )
 
     def swap(self, to: str | None = None, *, dry_run: bool = False) -> Result:

@@ -30,6 +30,9 @@ _ENOUGH_ERRORS = 3
 # In a bake the times of clients are compared with those of another time, in which there was another load. So long they
 # condemn nobody, or for half of a shorter bake: bursts are over by then. Errors and health count from the first moment.
 _SETTLING_SECONDS = 15.0
+# After a boot, or after what hit both colours, the new one may be ready later than the old one. For so long the errors
+# of its clients condemn it as little as its health does.
+_STARTING_SECONDS = 10.0
 
 
 class _Later(Interrupts):
@@ -199,6 +202,8 @@ class Trial:
         self._restarts: int | None = None
         self._compared = self._shadow_counts()
         self._began = self._since = self._calm = time.monotonic()
+        # It was ready when the rollout began, so that only a boot since then gives it the time to become so again.
+        self._starting = begun.boot is None or begun.boot != host.boot()
         self.failures = 0
         self._synthetic = Synthetic(config, self._engine, begun)
 
@@ -235,7 +240,7 @@ class Trial:
         if health.verdict == NO_DATA:
             # What hit both colours says nothing about the new one.
             self._calm = time.monotonic()
-            return [health]
+            return [health, self._errors_at_start()]
         since = max(self._since, self._calm, time.monotonic() - self.config.judge_window_seconds)
         baking = self._present.phase == plan.BAKE
         new = self._log.clients(self._target.name, since)
@@ -259,6 +264,12 @@ class Trial:
         shadow = self._shadow()
         return checks + ([shadow] if shadow else [])
 
+    def _errors_at_start(self) -> Check:
+        """What clients get from a new colour that still starts while the old one is well."""
+        since = max(self._since, self._began + _STARTING_SECONDS, time.monotonic() - self.config.judge_window_seconds)
+        new, old = (self._log.clients(colour.name, since) for colour in (self._target, self._source))
+        return judge.errors(new, old, self.config, _ENOUGH_ERRORS)
+
     def _health(self) -> Check:
         wrong, health = _unwell(self._target, self._present.target_release)
         if health is None or wrong:
@@ -266,9 +277,10 @@ class Trial:
             shared = _unwell(self._source, self._present.source_release)[0] is not None
             if shared:
                 # Whichever comes back first, both get the time to.
-                self._began, self._restarts = time.monotonic(), None
-            early = self._restarts is None and self._age < self.config.ready_timeout_seconds
+                self._began, self._restarts, self._starting = time.monotonic(), None, True
+            early = self._starting and self._age < self.config.ready_timeout_seconds
             return Check("health", NO_DATA if shared or early else FAIL, wrong or "")
+        self._starting = False
         restarts = health.workers["restarts"]
         if self._restarts is None:
             self._restarts = restarts

@@ -1,13 +1,16 @@
 """A canary, a bake, and the ways out of both."""
 
+import contextlib
 import json
 import os
 import threading
 import time
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
-from rollout import config, plan, watch
+from rollout import config, host, plan, watch
 from rollout.rollouts import Rollouts
 from rollout.watch import Watch
 from rollout_stand_ins import wait_for
@@ -131,6 +134,83 @@ def test_a_colour_that_dies_goes_back(rollout, strategy):
     thread.join(10)
     assert present(rollout).phase == plan.ROLLED_BACK and "health" in present(rollout).reason
     assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_a_colour_that_is_dead_before_the_first_look_goes_back_at_once(rollout, strategy):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20, ready_timeout_seconds=60)
+    assert rollout.run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else [])).status == 0
+    rollout.host.stop("green")
+    began = time.monotonic()
+    carry_out(rollout)
+    assert time.monotonic() - began < 30
+    assert present(rollout).phase == plan.ROLLED_BACK and "health" in present(rollout).reason
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def boot(box):
+    plan.write(box.state_dir / "rollout.json", present(box)._replace(boot="the one before"))
+
+
+def looked(box, check, verdict):
+    """Whether the watch's last look had this verdict on a check."""
+    file = box.runtime_dir / "rollout.json"
+    checks = json.loads(file.read_text())["checks"] if file.exists() else []
+    return any((found["name"], found["verdict"]) == (check, verdict) for found in checks)
+
+
+def test_after_a_boot_a_colour_gets_the_time_to_become_ready(rollout):
+    rollout.configure(ready_timeout_seconds=60, judge_patience_seconds=60)
+    assert rollout.run("swap").status == 0
+    boot(rollout)
+    rollout.host.stop("green")
+    thread = in_background(rollout)
+    wait_for(lambda: looked(rollout, "health", "no data"))
+    rollout.host.start("green")
+    thread.join(30)
+    assert present(rollout).phase == plan.DONE and rollout.state.live == "green"
+
+
+def test_after_a_boot_a_colour_that_clients_get_errors_from_goes_back(rollout, monkeypatch):
+    monkeypatch.setattr(watch, "_STARTING_SECONDS", 0.1)
+    rollout.configure(bake_seconds=20, ready_timeout_seconds=60)
+    assert rollout.run("swap").status == 0
+    boot(rollout)
+    rollout.host.stop("green")
+    over = threading.Event()
+
+    def client():
+        asked = urllib.request.Request(f"{rollout.door.url}/predict", b'{"data": [1, 2]}', {"X-Request-ID": "client"})
+        while not over.is_set():
+            with contextlib.suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(asked, timeout=10).close()
+
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    try:
+        carry_out(rollout)
+    finally:
+        over.set()
+        thread.join(20)
+    assert time.monotonic() - began < 30
+    assert present(rollout).phase == plan.ROLLED_BACK and "errors" in present(rollout).reason
+    assert rollout.state.live == "blue"
+
+
+def test_no_two_boots_are_alike(monkeypatch):
+    assert host.boot() and host.boot() == host.boot()
+    read = Path.read_text
+    stat = read(Path("/proc/1/stat"))
+    name, _, rest = stat.rpartition(")")
+    fields = rest.split()
+    fields[19] = str(int(fields[19]) + 1)
+    here = host.boot()
+    other = f"{name}) {' '.join(fields)}"
+    monkeypatch.setattr(Path, "read_text", lambda path: other if str(path) == "/proc/1/stat" else read(path))
+    assert host.boot() != here
+    monkeypatch.setattr(Path, "read_text", lambda path: "")
+    assert host.boot() is None
 
 
 def test_an_old_colour_that_is_dead_itself_is_no_way_back(rollout):
