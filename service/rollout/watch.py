@@ -54,6 +54,7 @@ class Watch:
         self.who = who
         self._stopped = threading.Event()
         self._present: Plan | None = None
+        self._unswitched = False
 
     def _engine(self, who: str | None = None, reason: str | None = None) -> Engine:
         engine = Engine(self.config, who or self.who, reason, lock_wait=_LOCK_SECONDS)
@@ -68,6 +69,10 @@ class Watch:
             # Under the lock, because a command may be about to make what it has put on record.
             engine = self._engine()
             engine.run("watch", lambda e=engine: self._look(e), quiet=True)
+            if self._unswitched:
+                engine = self._engine()
+                last = engine.run("rollback", lambda e=engine: self._settle(e)).message
+                progress(last)
             present = self._present
             if present is None:
                 return Result(last or "no rollout is under way")
@@ -78,12 +83,17 @@ class Watch:
 
     def _look(self, engine: Engine) -> Result:
         found = Rollouts(engine).under_way()
-        if found and found[0].phase == plan.BAKE and found[1].live != found[0].target:
-            # Whoever put it on record died before the switch.
-            Rollouts(engine).settle("the switch never happened")
-            found = None
-        self._present = found[0] if found else None
+        # Whoever put it on record died before the switch.
+        self._unswitched = found is not None and found[0].phase == plan.BAKE and found[1].live != found[0].target
+        self._present = found[0] if found and not self._unswitched else None
         return Result("looked", outcome="nothing")
+
+    def _settle(self, engine: Engine) -> Result:
+        """End a rollout whose switch never happened, if it is still under way."""
+        self._look(engine)
+        if self._unswitched:
+            return Rollouts(engine).settle("the switch never happened")
+        return Result("no rollout is under way", outcome="nothing")
 
     def _carry_out(self, begun: Plan) -> str:
         """One rollout to its end, which is returned in words."""

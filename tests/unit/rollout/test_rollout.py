@@ -337,6 +337,22 @@ def test_a_rollout_that_began_while_the_last_watch_ended_gets_another(rollout, m
     assert rollout.state.split == 1
 
 
+def test_a_promotion_that_was_killed_before_its_switch_is_settled_on_record(rollout):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout, "--steps", "50,100")
+    begun = present(rollout)
+    plan.write(
+        rollout.state_dir / "rollout.json",
+        begun._replace(phase=plan.BAKE, before=begun.state, state=begun.state + 1),
+    )
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and (rollout.state.live, rollout.state.split) == ("blue", 0)
+    last = rollout.audit()[-1]
+    assert (last["command"], last["cause"], last["outcome"]) == ("rollback", "unwatched", "done")
+    metrics = (rollout.root / "appliance.prom").read_text()
+    assert 'appliance_rollbacks_total{reason="unwatched"} 1.0' in metrics and "appliance_split_percent 0.0" in metrics
+
+
 def test_sigterm_sends_traffic_back_first(rollout):
     rollout.configure(canary_step_seconds=20)
     canary(rollout)
