@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rollout import host, plan
 from rollout.colour import HEALTHY
-from rollout.errors import ApplianceError, Failed, Refused, UsageError
+from rollout.errors import ApplianceError, Failed, Refused, UsageError, describe_os_error
 from rollout.operations import Engine, title_of
 from rollout.plan import Plan
 from rollout.report import Result, progress
@@ -45,6 +45,17 @@ class Rollouts:
     def end(self, ended: Plan, phase: str, reason: str | None = None) -> Plan:
         """Record how a rollout ended."""
         return self._write(ended._replace(phase=phase, reason=reason, ended=now(), asked=None, paused=False))
+
+    def _end_after(self, result: Result, ended: Plan, phase: str, reason: str | None = None) -> Result:
+        """Record how a rollout ended after its switch, which is `result`: what has happened isn't failed by its record.
+
+        Without the record the plan is none of the present routing state, or its watch ends it.
+        """
+        try:
+            self.end(ended, phase, reason)
+        except OSError as error:
+            result.message += f"; the rollout's end isn't recorded: {describe_os_error(error).message}"
+        return result
 
     # Beginning
 
@@ -153,20 +164,28 @@ class Rollouts:
             result = self.engine.switch(command, present.target, release, examples, state)
         except BaseException as fault:
             back = self.routing.read()
-            number = back.number if back else state.number
-            fallen = present._replace(before=number, state=number)
-            if present.state == present.before and not present.step:
-                self.end(fallen, plan.ABORTED, str(fault))
-            else:
-                self._write(fallen)
+            if back is None or back.live != present.target:
+                self._fall_back(present, back.number if back else state.number, str(fault))
+            # Where it is live all the same, for no way led back, it stays in its bake: the watch tries again.
             raise
         if not self.config.bake_seconds:
-            self.end(watched, plan.DONE)
-            return result
+            return self._end_after(result, watched, plan.DONE)
         result.message += (
             f"; watched for {self.config.bake_seconds:g} s, in which a failure brings {present.source} back"
         )
         return result
+
+    def _fall_back(self, present: Plan, number: int, reason: str) -> None:
+        """Go back to the plan from before a switch that failed; `number` is the present routing state's."""
+        fallen = present._replace(before=number, state=number)
+        try:
+            if present.state == present.before and not present.step:
+                self.end(fallen, plan.ABORTED, reason)
+            else:
+                self._write(fallen)
+        except OSError as error:
+            # The watch settles a switch that isn't there; why there is none must still be told.
+            progress(f"the rollout's end isn't recorded: {describe_os_error(error).message}")
 
     def advance(self, number: int) -> Result:
         """The next step of rollout `number`: a larger share, live, or done."""
@@ -292,7 +311,7 @@ class Rollouts:
             return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
         result = self.engine.rollback(dry_run=dry_run)
         if found and result.changed:
-            self.end(found[0], plan.ROLLED_BACK, self.engine.reason or "rolled back by hand")
+            return self._end_after(result, found[0], plan.ROLLED_BACK, self.engine.reason or "rolled back by hand")
         return result
 
     def _rollback_to(self, number: int, *, dry_run: bool) -> Result:

@@ -25,6 +25,7 @@ from rollout.unixhttp import ExchangeError, UnixConnection, exchange
 
 _TICK_SECONDS = 1.0
 _LOCK_SECONDS = 60.0
+_AGAIN_SECONDS = 10.0
 # So many failed requests of clients are looked at even where there are few requests altogether.
 _ENOUGH_ERRORS = 3
 # In a bake the times of clients are compared with those of another time, in which there was another load. So long they
@@ -158,6 +159,10 @@ class Watch:
         result = engine.run(command, lambda: Rollouts(engine).advance(present.number))
         progress(result.message)
         if result.exit_status == LockHeld.exit_status:
+            return None
+        if not result.ok and present.phase == plan.BAKE:
+            # It has passed, and that a full disk doesn't take the record condemns nobody. It is judged until one can.
+            self._stopped.wait(_AGAIN_SECONDS)
             return None
         if not result.ok:
             return self._back(present, result.message, "health", checks)

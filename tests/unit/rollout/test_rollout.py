@@ -1,6 +1,7 @@
 """A canary, a bake, and the ways out of both."""
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from rollout import config, host, plan, watch
 from rollout.rollouts import Rollouts
+from rollout.routing import Routing
 from rollout.watch import Watch
 from rollout_stand_ins import wait_for
 
@@ -368,6 +370,98 @@ def test_a_switch_that_fails_leaves_no_rollout(rollout):
     assert answer.status == 1 and rollout.state.live == "blue"
     assert not present(rollout).under_way
     assert Rollouts(rollout.engine()).under_way() is None
+
+
+@pytest.fixture
+def full(rollout, monkeypatch):
+    """While it is set, no plan of these phases can be written: the disk is full."""
+    phases, write = set(), plan.write
+
+    def full_disk(path, wanted):
+        if wanted.phase in phases:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, wanted)
+
+    monkeypatch.setattr(plan, "write", full_disk)
+    return phases
+
+
+def test_a_rollback_in_a_bake_that_isnt_recorded_has_happened(rollout, full):
+    rollout.configure(bake_seconds=20)
+    rollout.run("swap")
+    full.add(plan.ROLLED_BACK)
+    answer = rollout.run("rollback")
+    assert (answer.status, answer.json["changed"], rollout.state.live) == (0, True, "blue"), answer.message
+    assert "isn't recorded" in answer.message and "disk is full" in answer.message
+    assert Rollouts(rollout.engine()).under_way() is None
+
+
+def test_a_canary_without_a_bake_that_isnt_recorded_is_live(rollout, full, monkeypatch):
+    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.02)
+    rollout.configure(bake_seconds=0)
+    full.add(plan.DONE)
+    answer = canary(rollout, "--steps", "100")
+    assert (answer.status, answer.json["changed"], rollout.state.live) == (0, True, "green"), answer.message
+    assert "isn't recorded" in answer.message
+    # Nor does the watch take it for a failure of the release.
+    before = len(rollout.audit())
+    thread = in_background(rollout)
+    wait_for(lambda: len(rollout.audit()) > before)
+    assert rollout.audit()[-1]["outcome"] == "failed" and rollout.state.live == "green"
+    full.clear()
+    thread.join(20)
+    assert present(rollout).phase == plan.DONE and rollout.state.live == "green"
+
+
+def no_way_back(box, patch):
+    """Let green go live and answer 502, and let nothing lead back from there."""
+    box.door.faults.add("green")
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    real = Routing.switch
+    patch.setattr(Routing, "switch", lambda s, state: real(s, state) if state.live == "green" else fails())
+    real_link = Routing.point_to
+    patch.setattr(
+        Routing, "point_to", lambda s, n: real_link(s, n) if (s.states / str(n) / "green").exists() else fails()
+    )
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_a_switch_that_cant_be_undone_stays_watched(rollout, strategy):
+    rollout.configure(bake_seconds=20)
+    with pytest.MonkeyPatch.context() as patch:
+        no_way_back(rollout, patch)
+        answer = canary(rollout, "--steps", "100") if strategy == "canary" else rollout.run("swap")
+        assert answer.status == 1 and "SWITCHING BACK FAILED" in answer.message
+        assert rollout.state.live == "green" and present(rollout).phase == plan.BAKE
+    assert Rollouts(rollout.engine()).under_way() is not None
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.state.live == "blue"
+
+
+def test_a_promotion_that_cant_be_undone_stays_watched(rollout):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout, "--steps", "50,100")
+    rollout.run("promote")
+    with pytest.MonkeyPatch.context() as patch:
+        no_way_back(rollout, patch)
+        engine = rollout.engine()
+        result = engine.run("promote", lambda: Rollouts(engine).advance(present(rollout).number))
+        assert not result.ok and "SWITCHING BACK FAILED" in result.message
+    assert rollout.state.live == "green" and present(rollout).phase == plan.BAKE
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def test_a_switch_that_failed_says_why_on_a_full_disk(rollout, full):
+    rollout.door.faults.add("green")
+    full.add(plan.ABORTED)
+    answer = rollout.run("swap")
+    assert answer.status == 1 and "502" in answer.message and "switched back to blue" in answer.message
+    carry_out(rollout)
+    assert Rollouts(rollout.engine()).under_way() is None and rollout.state.live == "blue"
 
 
 def test_a_promotion_that_fails_goes_back_altogether(rollout):
