@@ -25,7 +25,7 @@ exit status:
   0  done, or nothing to do
   1  refused or failed; production is as it was
   2  wrong usage or configuration
-  3  the live colour isn't healthy (status, verify)
+  3  the live colour isn't healthy (status, verify), or doesn't answer after traffic went back to it
   4  somebody else holds the lock
   5  needs root
 

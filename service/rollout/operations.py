@@ -652,14 +652,10 @@ class Engine:
             self.routing.point_to(state.number)
             return state.number
 
-    def answers_wrongly(self, name: str) -> str | None:
-        """What is wrong with one answer of a colour that is to be live, as a client gets it, or None."""
-        try:
-            release = self.releases.get(self.releases.placed(name) or 0)
-            examples = bundles.load_examples(Path(release.bundle), release.bundle_digest)
-        except ApplianceError as fault:
-            return fault.message
-        return self.front_door.answers_as(name, _request_body(examples))
+    def example_of(self, name: str) -> bytes:
+        """The body of a request that a colour must be able to answer. Raises ApplianceError."""
+        release = self.releases.get(self.releases.placed(name) or 0)
+        return _request_body(bundles.load_examples(Path(release.bundle), release.bundle_digest))
 
     def number_on(self, name: str) -> int | None:
         """The number of the release that a colour holds, or None."""

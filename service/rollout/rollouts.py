@@ -6,11 +6,12 @@ Everything here runs under the lock, inside `Engine.run`.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from rollout import host, plan
 from rollout.colour import HEALTHY
-from rollout.errors import ApplianceError, Failed, Refused, UsageError, describe_os_error
+from rollout.errors import ApplianceError, Failed, NotHealthy, Refused, UsageError, describe_os_error
 from rollout.operations import Engine, title_of
 from rollout.plan import Plan
 from rollout.report import Result, progress
@@ -238,11 +239,13 @@ class Rollouts:
         return self.give_back(present.number, plan.ABORTED, self.engine.reason or "by hand", "by hand")
 
     def give_back(self, number: int, phase: str, reason: str, cause: str) -> Result:
-        """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back."""
+        """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back.
+
+        The result isn't ok, with exit status 3, where the colour that traffic is back on doesn't answer.
+        """
         present, state = self._needed()
         if present.number != number:
             raise Refused(f"rollout {number} isn't under way any more")
-        source = self.engine.colour(present.source)
         stays = state.live == present.source
         if not stays:
             self._check_way_back(present, reason)
@@ -256,13 +259,20 @@ class Rollouts:
             previous=state.previous if stays else present.target,
             previous_release=state.previous_release if stays else present.target_release,
         )
-        number = state.number
+        # What to ask then is read before the switch, so that it doesn't count as its time.
+        body, wrong = b"", None
+        try:
+            body = self.engine.example_of(present.source)
+        except ApplianceError as fault:
+            wrong = fault.message
+        number, moment = state.number, None
         if not stays or state.split:
             try:
-                number = self.routing.switch(wanted)[0].number
+                written, moment = self.routing.switch(wanted)
+                number = written.number
             except OSError:
                 # A full disk: the state from before it all is still there and complete.
-                self.routing.point_to(present.first)
+                moment = self.routing.point_to(present.first)
                 number = present.first
         ended = present._replace(before=number, state=number)
         try:
@@ -270,12 +280,23 @@ class Rollouts:
         except OSError as error:
             # Traffic is back, which is what counts.
             ended = ended._replace(phase=phase, reason=f"{reason}; not recorded: {error.strerror}")
-        wrong = self.engine.answers_wrongly(source.name)
+        wrong = wrong or self.engine.front_door.answers_as(present.source, body)
+        first_ms = None if wrong or moment is None else round((time.monotonic() - moment) * 1000, 1)
         return Result(
             f"{ended.describe()}; all traffic is back on {present.source}"
-            + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else ""),
+            + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else "")
+            + (f"; first answer {first_ms:g} ms after the switch" if first_ms is not None else ""),
+            ok=not wrong,
             changed=True,
-            details={"live": present.source, "state": number, "release": present.source_release, "cause": cause},
+            exit_status=NotHealthy.exit_status if wrong else 0,
+            details={
+                "live": present.source,
+                "state": number,
+                "release": present.source_release,
+                "cause": cause,
+                "switch_ms": first_ms,
+                "switched_at": None if moment is None else round(time.time() - (time.monotonic() - moment), 6),
+            },
         )
 
     def _check_way_back(self, present: Plan, reason: str) -> None:
@@ -284,8 +305,9 @@ class Rollouts:
         if self.engine.number_on(present.source) != present.source_release:
             problem = f"{present.source} doesn't hold release {present.source_release} any more"
         else:
-            source, target = (self._status(name) for name in (present.source, present.target))
-            if source not in HEALTHY and target in HEALTHY:
+            source = self._status(present.source)
+            # The new colour may hang: it is asked only where that matters.
+            if source not in HEALTHY and self._status(present.target) in HEALTHY:
                 problem = f"{present.source} is {source}"
         if problem:
             self.end(present, plan.ABORTED, f"{reason}; no way back: {problem}")

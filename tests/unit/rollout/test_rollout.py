@@ -279,6 +279,32 @@ def test_a_hand_can_end_it(rollout, command, strategy):
     assert (rollout.state.live, rollout.state.split) == ("blue", 0)
     ended = present(rollout)
     assert ended.phase == (plan.ABORTED if command == "abort" else plan.ROLLED_BACK) and ended.reason == "looks odd"
+    assert answer.json["switch_ms"] > 0 and f"first answer {answer.json['switch_ms']:g} ms" in answer.message
+    done = [entry for entry in rollout.audit() if entry["command"] == command][-1]
+    assert done["durations"]["switch_ms"] == answer.json["switch_ms"] and done["switched_at"] <= time.time()
+
+
+@pytest.mark.parametrize("command", ["abort", "rollback"])
+def test_traffic_that_is_back_on_a_colour_that_doesnt_answer_is_no_success(rollout, command):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout)
+    rollout.door.faults.add("blue")
+    answer = rollout.run(command)
+    assert (answer.status, answer.json["ok"], answer.json["changed"]) == (3, False, True)
+    assert "WHICH DOESN'T ANSWER" in answer.message and answer.json["switch_ms"] is None
+    assert rollout.state.split == 0 and not present(rollout).under_way
+
+
+def test_an_abort_doesnt_wait_for_a_new_colour_that_hangs(rollout):
+    rollout.configure(bake_seconds=20, request_timeout_seconds=60)
+    rollout.run("swap")
+    over = threading.Event()
+    rollout.host.running["green"].health = over.wait
+    began = time.monotonic()
+    answer = rollout.run("abort")
+    assert time.monotonic() - began < 30
+    over.set()
+    assert answer.status == 0 and rollout.state.live == "blue"
 
 
 def test_a_swap_by_hand_ends_the_bake_of_the_one_before(rollout):
