@@ -140,7 +140,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Callable[..., object]], None]]] =
     "rollback": (
         "switch back to the colour that was live before",
         "Switches back to the colour that was live before the last switch, if it still holds that release and is "
-        "healthy. During a canary it sends everybody back. A second rollback undoes the first.",
+        "healthy. During a canary it sends everybody back. A second rollback undoes the first, but never brings back "
+        "what a rollout has taken back: --to does.",
         _rollback_arguments,
     ),
     "verify": (

@@ -20,7 +20,8 @@ class Plan(NamedTuple):
     `state` is the routing state that this plan made last, or is about to make after `before`: where the present one is
     neither, somebody switched by hand and the plan is over. `first` is the state from before it all. `mark` begins the
     ids of its own requests. `asked` is an order that `watch` hasn't carried out yet. `boot` is the boot of the host in
-    which it was begun, None where an older engine began it. Times are RFC 3339.
+    which it was begun, None where an older engine began it. `cause` is a word for why traffic went back, None where it
+    didn't. Times are RFC 3339.
     """
 
     number: int
@@ -42,6 +43,13 @@ class Plan(NamedTuple):
     ended: str | None = None
     reason: str | None = None
     boot: str | None = None
+    cause: str | None = None
+
+    @property
+    def went_back(self) -> bool:
+        """Whether traffic was taken from the new colour again."""
+        # An older engine recorded no cause.
+        return self.phase == ROLLED_BACK or (self.phase == ABORTED and self.cause is not None)
 
     @property
     def under_way(self) -> bool:

@@ -274,7 +274,7 @@ class Rollouts:
                 # A full disk: the state from before it all is still there and complete.
                 moment = self.routing.point_to(present.first)
                 number = present.first
-        ended = present._replace(before=number, state=number)
+        ended = present._replace(before=number, state=number, cause=cause)
         try:
             ended = self.end(ended, phase, reason)
         except OSError as error:
@@ -331,10 +331,26 @@ class Rollouts:
                 return Result(f"would send everybody back to {found[0].source}", details={"would_change": True})
             reason, number = self.engine.reason or "rolled back by hand", found[0].number
             return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
+        if not found:
+            self._refuse_what_went_back()
         result = self.engine.rollback(dry_run=dry_run)
         if found and result.changed:
-            return self._end_after(result, found[0], plan.ROLLED_BACK, self.engine.reason or "rolled back by hand")
+            reason = self.engine.reason or "rolled back by hand"
+            return self._end_after(result, found[0]._replace(cause="by hand"), plan.ROLLED_BACK, reason)
         return result
+
+    def _refuse_what_went_back(self) -> None:
+        """Raise Refused where a rollback would return to what the last rollout took traffic from."""
+        last, state = plan.read(self.config.rollout_file), self.routing.read()
+        if last is None or state is None or not last.went_back:
+            return
+        if (state.previous, state.previous_release) == (last.target, last.target_release):
+            number = last.target_release
+            raise Refused(
+                f"can't roll back to {last.target}: traffic went back from its release {number} to {last.source} "
+                f"already ({last.describe()}); 'appliance rollback --to RELEASE' goes to an older release, and "
+                f"--to {number} to this one all the same"
+            )
 
     def _rollback_to(self, number: int, *, dry_run: bool) -> Result:
         """Make release `number` live; it is placed on the idle colour again where no colour holds it."""

@@ -295,6 +295,48 @@ def test_traffic_that_is_back_on_a_colour_that_doesnt_answer_is_no_success(rollo
     assert rollout.state.split == 0 and not present(rollout).under_way
 
 
+@pytest.mark.parametrize("how", ["abort", "rollback", "watch"])
+def test_a_rollback_doesnt_bring_back_what_a_rollout_took_back(rollout, how):
+    rollout.configure(bake_seconds=20)
+    faulty(rollout, "some-500").run("swap", "--reason", "looks good")
+    if how == "watch":
+        carry_out(rollout)
+    else:
+        assert rollout.run(how).status == 0
+    before = rollout.snapshot()
+    for more in ([], ["--dry-run"]):
+        answer = rollout.run("rollback", *more)
+        assert answer.status == 1 and "can't roll back to green" in answer.message, answer.message
+        assert present(rollout).reason in answer.message and "--to 3" in answer.message
+    assert rollout.snapshot() == before
+    rollout.host.running["green"].faults.clear()
+    assert rollout.run("rollback", "--to", "3").status == 0 and rollout.state.live == "green"
+    # From there the way back is open.
+    assert rollout.run("rollback").status == 0 and rollout.state.live == "blue"
+
+
+def test_a_rollback_isnt_refused_for_a_switch_that_never_happened(rollout):
+    rollout.configure(bake_seconds=0)
+    rollout.run("swap")
+    rollout.configure(bake_seconds=20)
+    rollout.door.faults.add("blue")
+    assert rollout.run("swap").status == 1 and present(rollout).phase == plan.ABORTED
+    rollout.door.faults.clear()
+    answer = rollout.run("rollback")
+    assert answer.status == 0 and rollout.state.live == "blue", answer.message
+
+
+def test_a_plan_of_an_older_engine_can_be_read(rollout):
+    rollout.configure(bake_seconds=20)
+    rollout.run("swap")
+    path = rollout.state_dir / "rollout.json"
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("boot", "cause")}
+    path.write_text(json.dumps(raw))
+    assert Rollouts(rollout.engine()).under_way() is not None
+    plan.write(path, present(rollout)._replace(phase=plan.ROLLED_BACK))
+    assert present(rollout).went_back
+
+
 def test_an_abort_doesnt_wait_for_a_new_colour_that_hangs(rollout):
     rollout.configure(bake_seconds=20, request_timeout_seconds=60)
     rollout.run("swap")
