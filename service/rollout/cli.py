@@ -283,8 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = _failure(describe_os_error(error))
     except (KeyboardInterrupt, Interrupted):
         result = Result("interrupted", ok=False, exit_status=1)
-    print_result(result, as_json)
-    return result.exit_status
+    if print_result(result, as_json) or result.changed:
+        return result.exit_status
+    # Who asked has no answer. Where something was changed, its exit status is the answer.
+    progress("the answer can't be written to standard output")
+    return result.exit_status or 1
 
 
 def run() -> NoReturn:
@@ -392,8 +395,12 @@ def _drained(config: configuration.Config, engine: Engine, result: Result) -> Re
     except KeyboardInterrupt:
         result.message += f"; {old.name} wasn't waited for"
         return result
-    result.details["drained"] = {"left": drained.left, "seconds": drained.seconds}
-    if drained.left:
+    # Of a colour that can't be asked nobody knows what is left.
+    left = None if drained.note else drained.left
+    result.details["drained"] = {"left": left, "seconds": drained.seconds, "note": drained.note}
+    if drained.note:
+        result.message += f"; what is still in progress on {old.name} isn't known: {drained.note}"
+    elif drained.left:
         result.message += f"; {drained.left} requests are still in progress on {old.name} after {drained.seconds:g} s"
     return result
 

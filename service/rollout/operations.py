@@ -380,7 +380,9 @@ class Engine:
         from rollout.drain import drain
 
         drained = drain(colour, self.config.drain_seconds, progress, lambda: None)
-        if drained.left:
+        if drained.note:
+            progress(f"what is still in progress on {colour.name} isn't known: {drained.note}")
+        elif drained.left:
             progress(f"{drained.left} requests are still in progress on {colour.name} after {drained.seconds} s")
 
     def prune(self) -> Result:

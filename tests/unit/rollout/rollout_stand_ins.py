@@ -97,6 +97,7 @@ class FakeColour:
         self.workers = 2
         self.asked = 0
         self.looked_at = 0
+        self.in_progress = 0
         self.servers = []
         for name in ["control.sock", *(f"worker-{i}.sock" for i in range(self.workers))]:
             path = directory / name
@@ -137,6 +138,8 @@ class FakeColour:
                         time.sleep(0.1)
                 return
             handler.send(200 if self.status in ("ready", "degraded") else 503, self.health())
+        elif handler.path == "/metrics":
+            handler.send(200, f'model_requests_in_progress{{model="{self.name}"}} {self.in_progress}\n'.encode())
         else:
             handler.send(*self.predict(body), {"X-Model-Colour": self.colour})
 

@@ -284,6 +284,26 @@ def test_a_swap_away_from_a_dead_colour_works(box):
     assert box.run("status").status == 0
 
 
+def test_a_swap_tells_what_the_old_colour_still_has_to_answer(box):
+    box.configure(drain_seconds=0.1)
+    box.live_on_blue()
+    box.host.running["blue"].in_progress = 2
+    answer = box.run("swap")
+    assert answer.json["drained"]["left"] == 2 and "2 requests are still in progress on blue" in answer.message
+    box.host.stop("green")
+    answer = box.run("swap")
+    # Nobody knows what a colour has that can't be asked.
+    assert answer.status == 0 and answer.json["drained"]["left"] is None, answer.message
+    assert "there is no socket" in answer.json["drained"]["note"] and answer.json["drained"]["note"] in answer.message
+
+
+def test_a_deploy_tells_that_the_colour_cant_be_asked(box):
+    box.live_on_blue()
+    box.host.stop("green")
+    answer = box.deploy("green", box.bundle("3.0.0"))
+    assert answer.status == 0 and "what is still in progress on green isn't known" in answer.err
+
+
 @pytest.mark.parametrize("command", ["swap", "rollback"])
 @pytest.mark.parametrize("fault", ["hangs", "mute"])
 def test_a_switch_away_from_a_colour_that_answers_nothing_usable_works(box, command, fault):
