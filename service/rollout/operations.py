@@ -77,7 +77,7 @@ class Engine:
             reason = f" ({about['reason']})" if about["reason"] else ""
             message = f"{live} is live: {about['model']} {about['version']}, {release}, {about['status']}{reason}"
         if present is not None:
-            message += f"; {present.describe()}"
+            message += f"; {present.describe(state)}"
         elif state is not None and state.split:
             message += f"; {self.config.other(state.live)} serves {state.split} % of users"
         if state is not None and state.shadow:
@@ -99,7 +99,7 @@ class Engine:
                 "split": state.split if state else 0,
                 "shadow": state.shadow if state else 0,
                 "maintenance": state.maintenance if state else False,
-                "rollout": plan.as_details(present),
+                "rollout": plan.as_details(present, state),
                 "colours": colours,
                 "table": table,
             },

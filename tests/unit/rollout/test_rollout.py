@@ -371,6 +371,24 @@ def test_nothing_else_gets_in_the_way_of_a_canary(rollout):
     assert rollout.state.split == 1 and rollout.host.running["green"].version == "2.0.0"
 
 
+def test_status_tells_the_share_that_users_have(rollout):
+    """A command was killed between the plan and the routing."""
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollouts, "set_split", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+        patch.setattr(Rollouts, "end", lambda *_: None)
+        with pytest.raises(SystemExit):
+            Rollouts(rollout.engine()).canary(None)
+    assert present(rollout).percent == 1 and rollout.state.split == 0
+    status = rollout.run("status")
+    assert "green (release 2) serves 0 % of users" in status.message
+    assert status.json["rollout"]["percent"] == 0 and "0 %" in status.json["rollout"]["text"]
+    begun = present(rollout)
+    plan.write(rollout.state_dir / "rollout.json", begun._replace(phase=plan.BAKE))
+    status = rollout.run("status")
+    assert "green (release 2) isn't live yet" in status.message and status.json["rollout"]["percent"] == 0
+
+
 def test_orders_without_a_rollout_are_refused(rollout):
     for command in ("pause", "resume", "promote", "abort"):
         answer = rollout.run(command)
