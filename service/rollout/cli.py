@@ -25,7 +25,7 @@ exit status:
   0  done, or nothing to do
   1  refused or failed; production is as it was
   2  wrong usage or configuration
-  3  the live colour isn't healthy (status, verify)
+  3  the live colour isn't healthy (status, verify), or doesn't answer after traffic went back to it
   4  somebody else holds the lock
   5  needs root
 
@@ -140,7 +140,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Callable[..., object]], None]]] =
     "rollback": (
         "switch back to the colour that was live before",
         "Switches back to the colour that was live before the last switch, if it still holds that release and is "
-        "healthy. During a canary it sends everybody back. A second rollback undoes the first.",
+        "healthy. During a canary it sends everybody back. A second rollback undoes the first, but never brings back "
+        "what a rollout has taken back: --to does.",
         _rollback_arguments,
     ),
     "verify": (
@@ -282,8 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = _failure(describe_os_error(error))
     except (KeyboardInterrupt, Interrupted):
         result = Result("interrupted", ok=False, exit_status=1)
-    print_result(result, as_json)
-    return result.exit_status
+    if print_result(result, as_json) or result.changed:
+        return result.exit_status
+    # Who asked has no answer. Where something was changed, its exit status is the answer.
+    progress("the answer can't be written to standard output")
+    return result.exit_status or 1
 
 
 def run() -> NoReturn:
@@ -391,8 +395,12 @@ def _drained(config: configuration.Config, engine: Engine, result: Result) -> Re
     except KeyboardInterrupt:
         result.message += f"; {old.name} wasn't waited for"
         return result
-    result.details["drained"] = {"left": drained.left, "seconds": drained.seconds}
-    if drained.left:
+    # Of a colour that can't be asked nobody knows what is left.
+    left = None if drained.note else drained.left
+    result.details["drained"] = {"left": left, "seconds": drained.seconds, "note": drained.note}
+    if drained.note:
+        result.message += f"; what is still in progress on {old.name} isn't known: {drained.note}"
+    elif drained.left:
         result.message += f"; {drained.left} requests are still in progress on {old.name} after {drained.seconds:g} s"
     return result
 

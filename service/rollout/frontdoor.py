@@ -8,6 +8,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from rollout.errors import ApplianceError, Refused
+from rollout.report import progress
 from rollout.text import tidy
 from rollout.unixhttp import Answer, Connection, ExchangeError, exchange
 
@@ -66,11 +67,14 @@ class FrontDoor:
         kind = Connection if self._parts.scheme == "http" else _TlsConnection
         return kind(self._parts.hostname or "", self._parts.port, self._timeout)
 
-    def _ask(self, connection: Connection, body: bytes, request_id: str, track: str = "live") -> Answer:
+    def _ask(
+        self, connection: Connection, body: bytes, request_id: str, track: str = "live", timeout: float | None = None
+    ) -> Answer:
         # A track that is asked for is served whatever the split is, and in maintenance.
         headers = {"Content-Type": "application/json", "X-Request-ID": request_id, "X-Model-Track": track}
+        timeout = self._timeout if timeout is None else timeout
         try:
-            return exchange(connection, "POST", f"{self._parts.path}/predict", body, headers, timeout=self._timeout)
+            return exchange(connection, "POST", f"{self._parts.path}/predict", body, headers, timeout=timeout)
         except (PermissionError, ValueError) as error:
             raise ExchangeError(str(error)) from None
 
@@ -82,21 +86,27 @@ class FrontDoor:
         finally:
             connection.close()
 
-    def open_held(self, body: bytes) -> Connection:
+    def open_held(self, body: bytes, patience: float | None = None) -> Connection:
         """Open a connection and use it once, as a client does that has been there since before the switch.
 
-        The answer may be anything: a swap away from a dead colour must be possible. Raises Refused where nobody
-        answers at all, since then no switch could be verified.
+        The answer may be anything, and needn't come within `patience` seconds (by default the time of any request): a
+        swap away from a dead or a hanging colour must be possible. Then the connection is one that wasn't used yet.
+        Raises Refused where nobody accepts connections, since then no switch could be verified.
         """
         connection = self._connection()
         try:
-            answer = self._ask(connection, body, "appliance-before")
-            if answer.closes:
+            connection.connect()
+            try:
+                self._ask(connection, body, "appliance-before", timeout=patience)
+            except ExchangeError as error:
+                progress(f"the live colour doesn't answer through {self.url}: {tidy(error)}; going on")
+            if connection.sock is None:
                 connection.connect()
-        except (ExchangeError, OSError) as error:
+        except OSError as error:
             connection.close()
             raise Refused(
-                f"the front door {self.url} doesn't answer: {tidy(error)}; start nginx first: systemctl status nginx"
+                f"the front door {self.url} doesn't answer: {error.strerror or tidy(error)}; start nginx first: "
+                f"systemctl status nginx"
             ) from None
         # From here on a closed connection is a finding, not a reason to open another one.
         connection.auto_open = False

@@ -104,6 +104,17 @@ def shutting_down() -> bool:
     return run(["systemctl", "is-system-running"]).stdout.strip() == "stopping"
 
 
+def boot() -> str | None:
+    """What no two boots of this host have in common, or None where it can't be told."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # A container that boots anew has the kernel's id of before: its first process began at another time.
+        began = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+    return f"{kernel}-{began}"
+
+
 def enable_unit(unit: str) -> None:
     """Make the unit start at boot. Raises Failed."""
     answer = run(["systemctl", "enable", unit])
@@ -128,8 +139,11 @@ def last_journal_line(unit: str, since: float) -> str | None:
         return tidy(lines[-1])
 
 
-def image_id(image: str) -> str:
-    """The id of an image on this host. Raises Refused where there is none, Failed where docker can't say."""
+def image_id(image: str, timeout: float = _QUERY_SECONDS) -> str:
+    """The id of an image on this host; `timeout` in seconds.
+
+    Raises Refused where there is none, Failed where docker can't say.
+    """
     # From the daemon itself: its client takes longer to start than a rollback may take.
     # The colours' units ask the one of this host, whatever a person's environment says.
     address = os.environ.get("DOCKER_HOST", "")
@@ -137,9 +151,9 @@ def image_id(image: str) -> str:
         address = _DOCKER
     # Docker's own address is often a link; nobody but root can make one of it.
     path = Path(os.path.realpath(address.removeprefix("unix://")))
-    connection = UnixConnection(path, _QUERY_SECONDS)
+    connection = UnixConnection(path, timeout)
     try:
-        answer = exchange(connection, "GET", f"/images/{quote(image, safe='/:@')}/json", timeout=_QUERY_SECONDS)
+        answer = exchange(connection, "GET", f"/images/{quote(image, safe='/:@')}/json", timeout=timeout)
         about = json.loads(answer.body)
         if answer.status == 200:
             return about["Id"]

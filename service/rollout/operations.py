@@ -32,6 +32,9 @@ from rollout.report import Result, history_lines, progress, status_table
 from rollout.routing import Routing, RoutingBroken, State
 from rollout.text import now
 
+# The colour to leave may hang, and so may Docker: a rollback waits no longer for what they say.
+_URGENT_SECONDS = 1.0
+
 
 class Engine:
     """The commands of `appliance`. Each returns a Result or raises ApplianceError or OSError.
@@ -74,7 +77,7 @@ class Engine:
             reason = f" ({about['reason']})" if about["reason"] else ""
             message = f"{live} is live: {about['model']} {about['version']}, {release}, {about['status']}{reason}"
         if present is not None:
-            message += f"; {present.describe()}"
+            message += f"; {present.describe(state)}"
         elif state is not None and state.split:
             message += f"; {self.config.other(state.live)} serves {state.split} % of users"
         if state is not None and state.shadow:
@@ -96,7 +99,7 @@ class Engine:
                 "split": state.split if state else 0,
                 "shadow": state.shadow if state else 0,
                 "maintenance": state.maintenance if state else False,
-                "rollout": plan.as_details(present),
+                "rollout": plan.as_details(present, state),
                 "colours": colours,
                 "table": table,
             },
@@ -377,7 +380,9 @@ class Engine:
         from rollout.drain import drain
 
         drained = drain(colour, self.config.drain_seconds, progress, lambda: None)
-        if drained.left:
+        if drained.note:
+            progress(f"what is still in progress on {colour.name} isn't known: {drained.note}")
+        elif drained.left:
             progress(f"{drained.left} requests are still in progress on {colour.name} after {drained.seconds} s")
 
     def prune(self) -> Result:
@@ -483,12 +488,14 @@ class Engine:
             )
         release, examples = self.check(target, ("ready",))
         if dry_run:
-            return self._would_switch(target, release, examples, state)
+            return self.would_switch("swap", target, release, examples, state)
         return self.switch("swap", target, release, examples, state)
 
-    def _would_switch(self, target: str, release: Release, examples: list[Example], state: State) -> Result:
+    def would_switch(
+        self, command: str, target: str, release: Release, examples: list[Example], state: State
+    ) -> Result:
         """What a dry run of a switch answers, once all checks have passed."""
-        self.front_door.open_held(_request_body(examples)).close()
+        self.front_door.open_held(_request_body(examples), _patience(command)).close()
         return Result(
             f"would make {target} live: {title_of(release)}, ready, {len(examples)} examples reproduce",
             details={"live": state.live, "state": state.number, "release": release.number, "would_change": True},
@@ -510,15 +517,18 @@ class Engine:
                 f"or swap if you want what it holds"
             )
         try:
-            release, examples = self.check(target, HEALTHY)
+            release, examples = self.check(target, HEALTHY, urgent=True)
         except Refused as fault:
             raise Refused(f"can't roll back to {target}: {fault.message}") from fault
         if dry_run:
-            return self._would_switch(target, release, examples, state)
+            return self.would_switch("rollback", target, release, examples, state)
         return self.switch("rollback", target, release, examples, state)
 
-    def check(self, name: str, accept: tuple[str, ...]) -> tuple[Release, list[Example]]:
-        """All that must be true of a colour before it becomes live. Raises ApplianceError."""
+    def check(self, name: str, accept: tuple[str, ...], *, urgent: bool = False) -> tuple[Release, list[Example]]:
+        """All that must be true of a colour before it becomes live. Raises ApplianceError.
+
+        Where it is `urgent`, it is enough that Docker doesn't deny the image: a colour that serves can do without.
+        """
         colour = self.colour(name)
         number = self.releases.placed(name)
         if number is None:
@@ -529,12 +539,19 @@ class Engine:
         examples = bundles.load_examples(directory, release.bundle_digest)
         colour.check(release, examples, accept)
         try:
-            host.image_id(release.image_id)
+            if urgent:
+                host.image_id(release.image_id, _URGENT_SECONDS)
+            else:
+                host.image_id(release.image_id)
         except Refused:
             raise Refused(
                 f"{name}: the image {release.image} of release {number} ({release.image_id[:19]}) isn't on this host "
                 f"any more, so {name} couldn't start again: deploy to {name} again"
             ) from None
+        except Failed as fault:
+            if not urgent:
+                raise
+            progress(f"going on although {fault.message}")
         return release, examples
 
     def switch(
@@ -543,7 +560,7 @@ class Engine:
         """Make `target` live and verify it; `state` is the present state. Raises Failed after switching back."""
         started = time.monotonic()
         body = _request_body(examples)
-        held = self.front_door.open_held(body)
+        held = self.front_door.open_held(body, _patience(command))
         numbers = {name: self.number_on(name) for name in self.config.colours}
         wanted = State(
             live=target,
@@ -637,14 +654,10 @@ class Engine:
             self.routing.point_to(state.number)
             return state.number
 
-    def answers_wrongly(self, name: str) -> str | None:
-        """What is wrong with one answer of a colour that is to be live, as a client gets it, or None."""
-        try:
-            release = self.releases.get(self.releases.placed(name) or 0)
-            examples = bundles.load_examples(Path(release.bundle), release.bundle_digest)
-        except ApplianceError as fault:
-            return fault.message
-        return self.front_door.answers_as(name, _request_body(examples))
+    def example_of(self, name: str) -> bytes:
+        """The body of a request that a colour must be able to answer. Raises ApplianceError."""
+        release = self.releases.get(self.releases.placed(name) or 0)
+        return _request_body(bundles.load_examples(Path(release.bundle), release.bundle_digest))
 
     def number_on(self, name: str) -> int | None:
         """The number of the release that a colour holds, or None."""
@@ -660,6 +673,11 @@ class Engine:
 
 def title_of(release: Release) -> str:
     return f"{release.name} {release.version}, release {release.number}"
+
+
+def _patience(command: str) -> float | None:
+    """The seconds that a command waits for what it can do without; None: no limit of its own."""
+    return _URGENT_SECONDS if command == "rollback" else None
 
 
 def _request_body(examples: list[Example]) -> bytes:

@@ -19,7 +19,9 @@ class Plan(NamedTuple):
 
     `state` is the routing state that this plan made last, or is about to make after `before`: where the present one is
     neither, somebody switched by hand and the plan is over. `first` is the state from before it all. `mark` begins the
-    ids of its own requests. `asked` is an order that `watch` hasn't carried out yet. Times are RFC 3339.
+    ids of its own requests. `asked` is an order that `watch` hasn't carried out yet. `boot` is the boot of the host in
+    which it was begun, None where an older engine began it. `cause` is a word for why traffic went back, None where it
+    didn't. Times are RFC 3339.
     """
 
     number: int
@@ -40,6 +42,14 @@ class Plan(NamedTuple):
     asked: str | None = None
     ended: str | None = None
     reason: str | None = None
+    boot: str | None = None
+    cause: str | None = None
+
+    @property
+    def went_back(self) -> bool:
+        """Whether traffic was taken from the new colour again."""
+        # An older engine recorded no cause.
+        return self.phase == ROLLED_BACK or (self.phase == ABORTED and self.cause is not None)
 
     @property
     def under_way(self) -> bool:
@@ -52,11 +62,22 @@ class Plan(NamedTuple):
             return self.steps[self.step]
         return 100 if self.phase in (BAKE, DONE) else 0
 
-    def describe(self) -> str:
-        """Where it stands, in words."""
+    def percent_by(self, state: State | None) -> int:
+        """The share of users that the new colour really has, where it is under way and `state` is the routing's."""
+        if state is None or not self.under_way:
+            return self.percent
+        return 100 if state.live == self.target else state.split
+
+    def describe(self, state: State | None = None) -> str:
+        """Where it stands, in words; by the routing's `state` where one is given, which a crash may have kept back."""
+        percent = self.percent_by(state)
         if self.phase == CANARY:
             paused = ", paused" if self.paused else ""
-            return f"canary: {self.target} (release {self.target_release}) serves {self.percent} % of users{paused}"
+            return f"canary: {self.target} (release {self.target_release}) serves {percent} % of users{paused}"
+        if self.phase == BAKE and percent < 100:
+            return (
+                f"bake: {self.target} (release {self.target_release}) isn't live yet, and serves {percent} % of users"
+            )
         if self.phase == BAKE:
             return f"bake: {self.target} (release {self.target_release}) is live and watched, {self.source} is ready"
         reason = f": {self.reason}" if self.reason else ""
@@ -98,6 +119,8 @@ def with_checks(path: Path, report: Path) -> dict[str, Any] | None:
     return {**present._asdict(), "checks": checks}
 
 
-def as_details(plan: Plan | None) -> dict[str, Any] | None:
-    """The plan's entry in JSON answers."""
-    return None if plan is None else {**plan._asdict(), "percent": plan.percent, "text": plan.describe()}
+def as_details(plan: Plan | None, state: State | None = None) -> dict[str, Any] | None:
+    """The plan's entry in JSON answers; by the routing's `state` where one is given."""
+    if plan is None:
+        return None
+    return {**plan._asdict(), "percent": plan.percent_by(state), "text": plan.describe(state)}

@@ -49,8 +49,8 @@ def progress(text: str) -> None:
         print(f"appliance: {text}", file=sys.stderr, flush=True)
 
 
-def print_result(result: Result, as_json: bool) -> None:
-    """Print the result; a fault goes to standard error unless JSON is wanted."""
+def print_result(result: Result, as_json: bool) -> bool:
+    """Print the result, and say whether it could be; a fault goes to standard error unless JSON is wanted."""
     with contextlib.suppress(OSError, ValueError):
         if as_json:
             print(result.as_json(), flush=True)
@@ -59,6 +59,8 @@ def print_result(result: Result, as_json: bool) -> None:
             print("\n".join(headline + result.lines), flush=True)
         else:
             print(f"appliance: {result.message}", file=sys.stderr, flush=True)
+        return True
+    return False
 
 
 def status_table(colours: dict[str, dict[str, Any]], live: str | None) -> list[str]:

@@ -6,11 +6,12 @@ Everything here runs under the lock, inside `Engine.run`.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from rollout import host, plan
 from rollout.colour import HEALTHY
-from rollout.errors import ApplianceError, Failed, Refused, UsageError
+from rollout.errors import ApplianceError, Failed, NotHealthy, Refused, UsageError, describe_os_error
 from rollout.operations import Engine, title_of
 from rollout.plan import Plan
 from rollout.report import Result, progress
@@ -45,6 +46,17 @@ class Rollouts:
     def end(self, ended: Plan, phase: str, reason: str | None = None) -> Plan:
         """Record how a rollout ended."""
         return self._write(ended._replace(phase=phase, reason=reason, ended=now(), asked=None, paused=False))
+
+    def _end_after(self, result: Result, ended: Plan, phase: str, reason: str | None = None) -> Result:
+        """Record how a rollout ended after its switch, which is `result`: what has happened isn't failed by its record.
+
+        Without the record the plan is none of the present routing state, or its watch ends it.
+        """
+        try:
+            self.end(ended, phase, reason)
+        except OSError as error:
+            result.message += f"; the rollout's end isn't recorded: {describe_os_error(error).message}"
+        return result
 
     # Beginning
 
@@ -103,6 +115,7 @@ class Rollouts:
             who=self.engine.who,
             since=now(),
             steps=steps,
+            boot=host.boot(),
         )
 
     def swap(self, to: str | None = None, *, dry_run: bool = False) -> Result:
@@ -152,21 +165,29 @@ class Rollouts:
             result = self.engine.switch(command, present.target, release, examples, state)
         except BaseException as fault:
             back = self.routing.read()
-            number = back.number if back else state.number
-            fallen = present._replace(before=number, state=number)
-            if present.state == present.before and not present.step:
-                self.end(fallen, plan.ABORTED, str(fault))
-            else:
-                self._write(fallen)
+            if back is None or back.live != present.target:
+                self._fall_back(present, back.number if back else state.number, str(fault))
+            # Where it is live all the same, for no way led back, it stays in its bake: the watch tries again.
             raise
         if not self.config.bake_seconds:
-            self.end(watched, plan.DONE)
-            return result
+            return self._end_after(result, watched, plan.DONE)
         result.message += (
             f"; watched for {self.config.bake_seconds:g} s, in which a failure brings {present.source} back"
         )
         result.details["rollout"] = watched.number
         return result
+
+    def _fall_back(self, present: Plan, number: int, reason: str) -> None:
+        """Go back to the plan from before a switch that failed; `number` is the present routing state's."""
+        fallen = present._replace(before=number, state=number)
+        try:
+            if present.state == present.before and not present.step:
+                self.end(fallen, plan.ABORTED, reason)
+            else:
+                self._write(fallen)
+        except OSError as error:
+            # The watch settles a switch that isn't there; why there is none must still be told.
+            progress(f"the rollout's end isn't recorded: {describe_os_error(error).message}")
 
     def advance(self, number: int) -> Result:
         """The next step of rollout `number`: a larger share, live, or done."""
@@ -219,11 +240,13 @@ class Rollouts:
         return self.give_back(present.number, plan.ABORTED, self.engine.reason or "by hand", "by hand")
 
     def give_back(self, number: int, phase: str, reason: str, cause: str) -> Result:
-        """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back."""
+        """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back.
+
+        The result isn't ok, with exit status 3, where the colour that traffic is back on doesn't answer.
+        """
         present, state = self._needed()
         if present.number != number:
             raise Refused(f"rollout {number} isn't under way any more")
-        source = self.engine.colour(present.source)
         stays = state.live == present.source
         if not stays:
             self._check_way_back(present, reason)
@@ -237,26 +260,44 @@ class Rollouts:
             previous=state.previous if stays else present.target,
             previous_release=state.previous_release if stays else present.target_release,
         )
-        number = state.number
+        # What to ask then is read before the switch, so that it doesn't count as its time.
+        body, wrong = b"", None
+        try:
+            body = self.engine.example_of(present.source)
+        except ApplianceError as fault:
+            wrong = fault.message
+        number, moment = state.number, None
         if not stays or state.split:
             try:
-                number = self.routing.switch(wanted)[0].number
+                written, moment = self.routing.switch(wanted)
+                number = written.number
             except OSError:
                 # A full disk: the state from before it all is still there and complete.
-                self.routing.point_to(present.first)
+                moment = self.routing.point_to(present.first)
                 number = present.first
-        ended = present._replace(before=number, state=number)
+        ended = present._replace(before=number, state=number, cause=cause)
         try:
             ended = self.end(ended, phase, reason)
         except OSError as error:
             # Traffic is back, which is what counts.
             ended = ended._replace(phase=phase, reason=f"{reason}; not recorded: {error.strerror}")
-        wrong = self.engine.answers_wrongly(source.name)
+        wrong = wrong or self.engine.front_door.answers_as(present.source, body)
+        first_ms = None if wrong or moment is None else round((time.monotonic() - moment) * 1000, 1)
         return Result(
             f"{ended.describe()}; all traffic is back on {present.source}"
-            + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else ""),
+            + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else "")
+            + (f"; first answer {first_ms:g} ms after the switch" if first_ms is not None else ""),
+            ok=not wrong,
             changed=True,
-            details={"live": present.source, "state": number, "release": present.source_release, "cause": cause},
+            exit_status=NotHealthy.exit_status if wrong else 0,
+            details={
+                "live": present.source,
+                "state": number,
+                "release": present.source_release,
+                "cause": cause,
+                "switch_ms": first_ms,
+                "switched_at": None if moment is None else round(time.time() - (time.monotonic() - moment), 6),
+            },
         )
 
     def _check_way_back(self, present: Plan, reason: str) -> None:
@@ -265,8 +306,9 @@ class Rollouts:
         if self.engine.number_on(present.source) != present.source_release:
             problem = f"{present.source} doesn't hold release {present.source_release} any more"
         else:
-            source, target = (self._status(name) for name in (present.source, present.target))
-            if source not in HEALTHY and target in HEALTHY:
+            source = self._status(present.source)
+            # The new colour may hang: it is asked only where that matters.
+            if source not in HEALTHY and self._status(present.target) in HEALTHY:
                 problem = f"{present.source} is {source}"
         if problem:
             self.end(present, plan.ABORTED, f"{reason}; no way back: {problem}")
@@ -290,10 +332,26 @@ class Rollouts:
                 return Result(f"would send everybody back to {found[0].source}", details={"would_change": True})
             reason, number = self.engine.reason or "rolled back by hand", found[0].number
             return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
+        if not found:
+            self._refuse_what_went_back()
         result = self.engine.rollback(dry_run=dry_run)
         if found and result.changed:
-            self.end(found[0], plan.ROLLED_BACK, self.engine.reason or "rolled back by hand")
+            reason = self.engine.reason or "rolled back by hand"
+            return self._end_after(result, found[0]._replace(cause="by hand"), plan.ROLLED_BACK, reason)
         return result
+
+    def _refuse_what_went_back(self) -> None:
+        """Raise Refused where a rollback would return to what the last rollout took traffic from."""
+        last, state = plan.read(self.config.rollout_file), self.routing.read()
+        if last is None or state is None or not last.went_back:
+            return
+        if (state.previous, state.previous_release) == (last.target, last.target_release):
+            number = last.target_release
+            raise Refused(
+                f"can't roll back to {last.target}: traffic went back from its release {number} to {last.source} "
+                f"already ({last.describe()}); 'appliance rollback --to RELEASE' goes to an older release, and "
+                f"--to {number} to this one all the same"
+            )
 
     def _rollback_to(self, number: int, *, dry_run: bool) -> Result:
         """Make release `number` live; it is placed on the idle colour again where no colour holds it."""
@@ -313,9 +371,9 @@ class Rollouts:
             if placed.details.get("pending"):
                 raise Refused(placed.message)
             progress(f"{placed.message}; it has the settings of today")
-        release, examples = self.engine.check(idle, HEALTHY)
+        release, examples = self.engine.check(idle, HEALTHY, urgent=True)
         if dry_run:
-            return self.engine.swap(idle, dry_run=True)
+            return self.engine.would_switch("rollback", idle, release, examples, state)
         return self.engine.switch("rollback", idle, release, examples, state)
 
     def settle(self, reason: str) -> Result:

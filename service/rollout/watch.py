@@ -25,11 +25,15 @@ from rollout.unixhttp import ExchangeError, UnixConnection, exchange
 
 _TICK_SECONDS = 1.0
 _LOCK_SECONDS = 60.0
+_AGAIN_SECONDS = 10.0
 # So many failed requests of clients are looked at even where there are few requests altogether.
 _ENOUGH_ERRORS = 3
 # In a bake the times of clients are compared with those of another time, in which there was another load. So long they
 # condemn nobody, or for half of a shorter bake: bursts are over by then. Errors and health count from the first moment.
 _SETTLING_SECONDS = 15.0
+# After a boot, or after what hit both colours, the new one may be ready later than the old one. For so long the errors
+# of its clients condemn it as little as its health does.
+_STARTING_SECONDS = 10.0
 
 
 class _Later(Interrupts):
@@ -51,6 +55,7 @@ class Watch:
         self.who = who
         self._stopped = threading.Event()
         self._present: Plan | None = None
+        self._unswitched = False
 
     def _engine(self, who: str | None = None, reason: str | None = None) -> Engine:
         engine = Engine(self.config, who or self.who, reason, lock_wait=_LOCK_SECONDS)
@@ -65,6 +70,10 @@ class Watch:
             # Under the lock, because a command may be about to make what it has put on record.
             engine = self._engine()
             engine.run("watch", lambda e=engine: self._look(e), quiet=True)
+            if self._unswitched:
+                engine = self._engine()
+                last = engine.run("rollback", lambda e=engine: self._settle(e)).message
+                progress(last)
             present = self._present
             if present is None:
                 return Result(last or "no rollout is under way")
@@ -75,12 +84,17 @@ class Watch:
 
     def _look(self, engine: Engine) -> Result:
         found = Rollouts(engine).under_way()
-        if found and found[0].phase == plan.BAKE and found[1].live != found[0].target:
-            # Whoever put it on record died before the switch.
-            Rollouts(engine).settle("the switch never happened")
-            found = None
-        self._present = found[0] if found else None
+        # Whoever put it on record died before the switch.
+        self._unswitched = found is not None and found[0].phase == plan.BAKE and found[1].live != found[0].target
+        self._present = found[0] if found and not self._unswitched else None
         return Result("looked", outcome="nothing")
+
+    def _settle(self, engine: Engine) -> Result:
+        """End a rollout whose switch never happened, if it is still under way."""
+        self._look(engine)
+        if self._unswitched:
+            return Rollouts(engine).settle("the switch never happened")
+        return Result("no rollout is under way", outcome="nothing")
 
     def _carry_out(self, begun: Plan) -> str:
         """One rollout to its end, which is returned in words."""
@@ -146,6 +160,10 @@ class Watch:
         progress(result.message)
         if result.exit_status == LockHeld.exit_status:
             return None
+        if not result.ok and present.phase == plan.BAKE:
+            # It has passed, and that a full disk doesn't take the record condemns nobody. It is judged until one can.
+            self._stopped.wait(_AGAIN_SECONDS)
+            return None
         if not result.ok:
             return self._back(present, result.message, "health", checks)
         self._record(engine, present, checks)
@@ -199,6 +217,8 @@ class Trial:
         self._restarts: int | None = None
         self._compared = self._shadow_counts()
         self._began = self._since = self._calm = time.monotonic()
+        # It was ready when the rollout began, so that only a boot since then gives it the time to become so again.
+        self._starting = begun.boot is None or begun.boot != host.boot()
         self.failures = 0
         self._synthetic = Synthetic(config, self._engine, begun)
 
@@ -235,7 +255,7 @@ class Trial:
         if health.verdict == NO_DATA:
             # What hit both colours says nothing about the new one.
             self._calm = time.monotonic()
-            return [health]
+            return [health, self._errors_at_start()]
         since = max(self._since, self._calm, time.monotonic() - self.config.judge_window_seconds)
         baking = self._present.phase == plan.BAKE
         new = self._log.clients(self._target.name, since)
@@ -259,6 +279,12 @@ class Trial:
         shadow = self._shadow()
         return checks + ([shadow] if shadow else [])
 
+    def _errors_at_start(self) -> Check:
+        """What clients get from a new colour that still starts while the old one is well."""
+        since = max(self._since, self._began + _STARTING_SECONDS, time.monotonic() - self.config.judge_window_seconds)
+        new, old = (self._log.clients(colour.name, since) for colour in (self._target, self._source))
+        return judge.errors(new, old, self.config, _ENOUGH_ERRORS)
+
     def _health(self) -> Check:
         wrong, health = _unwell(self._target, self._present.target_release)
         if health is None or wrong:
@@ -266,9 +292,10 @@ class Trial:
             shared = _unwell(self._source, self._present.source_release)[0] is not None
             if shared:
                 # Whichever comes back first, both get the time to.
-                self._began, self._restarts = time.monotonic(), None
-            early = self._restarts is None and self._age < self.config.ready_timeout_seconds
+                self._began, self._restarts, self._starting = time.monotonic(), None, True
+            early = self._starting and self._age < self.config.ready_timeout_seconds
             return Check("health", NO_DATA if shared or early else FAIL, wrong or "")
+        self._starting = False
         restarts = health.workers["restarts"]
         if self._restarts is None:
             self._restarts = restarts

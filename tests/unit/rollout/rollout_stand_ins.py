@@ -97,6 +97,7 @@ class FakeColour:
         self.workers = 2
         self.asked = 0
         self.looked_at = 0
+        self.in_progress = 0
         self.servers = []
         for name in ["control.sock", *(f"worker-{i}.sock" for i in range(self.workers))]:
             path = directory / name
@@ -137,6 +138,8 @@ class FakeColour:
                         time.sleep(0.1)
                 return
             handler.send(200 if self.status in ("ready", "degraded") else 503, self.health())
+        elif handler.path == "/metrics":
+            handler.send(200, f'model_requests_in_progress{{model="{self.name}"}} {self.in_progress}\n'.encode())
         else:
             handler.send(*self.predict(body), {"X-Model-Colour": self.colour})
 
@@ -149,7 +152,8 @@ class FakeColour:
 
 
 class FakeFrontDoor:
-    """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour.
+    """nginx. `faults`: a colour's name answers 502; `sticky` keeps old connections on the old colour; `mute` says
+    something that isn't HTTP while blue is live. A colour in `hangs` answers when the front door stops.
 
     `sheds` holds what the next answers of the live colour have instead of its own: (status, colour), oldest first.
     A split is served by turns, and each prediction leaves its line in the access log.
@@ -159,6 +163,7 @@ class FakeFrontDoor:
         self.routing, self.host, self.faults, self.requests = routing, host, set(), []
         self.sheds, self._serial = [], itertools.count()
         self.slow = 0.0
+        self.hangs, self._over = set(), threading.Event()
         self.access_log = root / "access.log"
         self.access_log.touch()
         self.server = serve(("127.0.0.1", 0), self)
@@ -202,10 +207,15 @@ class FakeFrontDoor:
         self.requests.append((handler.__dict__.setdefault("serial", next(self._serial)), colour))
         running = self.host.running.get(colour)
         time.sleep(self.slow)
+        if colour in self.hangs:
+            self._over.wait()
         if colour is None:
             handler.send(503, {"error": "no colour is live"})
         elif running is None or colour in self.faults:
             handler.send(502, {"error": "bad gateway"})
+        elif "mute" in self.faults and colour == "blue":
+            handler.sent = 0
+            handler.wfile.write(b"what?\r\n\r\n")
         elif self.sheds and "before" not in handler.headers["X-Request-ID"]:
             status, named = self.sheds.pop(0)
             handler.send(status, {"error": "busy"}, {"X-Model-Colour": named})
@@ -213,6 +223,7 @@ class FakeFrontDoor:
             handler.send(*running.predict(body), {"X-Model-Colour": colour})
 
     def stop(self):
+        self._over.set()
         self.server.shutdown()
         self.server.server_close()
 

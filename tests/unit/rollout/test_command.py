@@ -61,6 +61,29 @@ def test_a_rollback_of_the_command(box, installed):
     assert missing.returncode == 2 and missing.stderr.startswith("appliance: /none: no such file")
 
 
+@pytest.mark.parametrize("json_output", [[], ["--json"]])
+def test_an_answer_that_cant_be_written_is_no_success(box, installed, json_output):
+    box.live_on_blue()
+
+    def run(*command):
+        with open("/dev/full", "w") as full:
+            return subprocess.run(
+                [installed, *command, "--config", box.config, *json_output],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+    for command in (["status"], ["history"], ["swap", "--dry-run"]):
+        answer = run(*command)
+        assert answer.returncode == 1 and "can't be written" in answer.stderr, command
+    # What was done was done.
+    answer = run("swap")
+    assert answer.returncode == 0 and box.state.live == "green"
+    box.host.stop("green")
+    assert run("status").returncode == 3
+
+
 def test_a_rollback_loads_only_what_it_needs(box):
     box.live_on_blue()
     box.run("swap")

@@ -1,14 +1,19 @@
 """A canary, a bake, and the ways out of both."""
 
+import contextlib
+import errno
 import json
 import os
 import threading
 import time
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
-from rollout import config, plan, watch
+from rollout import config, host, plan, watch
 from rollout.rollouts import Rollouts
+from rollout.routing import Routing
 from rollout.watch import Watch
 from rollout_stand_ins import wait_for
 
@@ -133,6 +138,83 @@ def test_a_colour_that_dies_goes_back(rollout, strategy):
     assert (rollout.state.live, rollout.state.split) == ("blue", 0)
 
 
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_a_colour_that_is_dead_before_the_first_look_goes_back_at_once(rollout, strategy):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20, ready_timeout_seconds=60)
+    assert rollout.run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else [])).status == 0
+    rollout.host.stop("green")
+    began = time.monotonic()
+    carry_out(rollout)
+    assert time.monotonic() - began < 30
+    assert present(rollout).phase == plan.ROLLED_BACK and "health" in present(rollout).reason
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def boot(box):
+    plan.write(box.state_dir / "rollout.json", present(box)._replace(boot="the one before"))
+
+
+def looked(box, check, verdict):
+    """Whether the watch's last look had this verdict on a check."""
+    file = box.runtime_dir / "rollout.json"
+    checks = json.loads(file.read_text())["checks"] if file.exists() else []
+    return any((found["name"], found["verdict"]) == (check, verdict) for found in checks)
+
+
+def test_after_a_boot_a_colour_gets_the_time_to_become_ready(rollout):
+    rollout.configure(ready_timeout_seconds=60, judge_patience_seconds=60)
+    assert rollout.run("swap").status == 0
+    boot(rollout)
+    rollout.host.stop("green")
+    thread = in_background(rollout)
+    wait_for(lambda: looked(rollout, "health", "no data"))
+    rollout.host.start("green")
+    thread.join(30)
+    assert present(rollout).phase == plan.DONE and rollout.state.live == "green"
+
+
+def test_after_a_boot_a_colour_that_clients_get_errors_from_goes_back(rollout, monkeypatch):
+    monkeypatch.setattr(watch, "_STARTING_SECONDS", 0.1)
+    rollout.configure(bake_seconds=20, ready_timeout_seconds=60)
+    assert rollout.run("swap").status == 0
+    boot(rollout)
+    rollout.host.stop("green")
+    over = threading.Event()
+
+    def client():
+        asked = urllib.request.Request(f"{rollout.door.url}/predict", b'{"data": [1, 2]}', {"X-Request-ID": "client"})
+        while not over.is_set():
+            with contextlib.suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(asked, timeout=10).close()
+
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    try:
+        carry_out(rollout)
+    finally:
+        over.set()
+        thread.join(20)
+    assert time.monotonic() - began < 30
+    assert present(rollout).phase == plan.ROLLED_BACK and "errors" in present(rollout).reason
+    assert rollout.state.live == "blue"
+
+
+def test_no_two_boots_are_alike(monkeypatch):
+    assert host.boot() and host.boot() == host.boot()
+    read = Path.read_text
+    stat = read(Path("/proc/1/stat"))
+    name, _, rest = stat.rpartition(")")
+    fields = rest.split()
+    fields[19] = str(int(fields[19]) + 1)
+    here = host.boot()
+    other = f"{name}) {' '.join(fields)}"
+    monkeypatch.setattr(Path, "read_text", lambda path: other if str(path) == "/proc/1/stat" else read(path))
+    assert host.boot() != here
+    monkeypatch.setattr(Path, "read_text", lambda path: "")
+    assert host.boot() is None
+
+
 def test_an_old_colour_that_is_dead_itself_is_no_way_back(rollout):
     rollout.configure(bake_seconds=20)
     assert faulty(rollout, "some-500").run("swap").status == 0
@@ -197,6 +279,74 @@ def test_a_hand_can_end_it(rollout, command, strategy):
     assert (rollout.state.live, rollout.state.split) == ("blue", 0)
     ended = present(rollout)
     assert ended.phase == (plan.ABORTED if command == "abort" else plan.ROLLED_BACK) and ended.reason == "looks odd"
+    assert answer.json["switch_ms"] > 0 and f"first answer {answer.json['switch_ms']:g} ms" in answer.message
+    done = [entry for entry in rollout.audit() if entry["command"] == command][-1]
+    assert done["durations"]["switch_ms"] == answer.json["switch_ms"] and done["switched_at"] <= time.time()
+
+
+@pytest.mark.parametrize("command", ["abort", "rollback"])
+def test_traffic_that_is_back_on_a_colour_that_doesnt_answer_is_no_success(rollout, command):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout)
+    rollout.door.faults.add("blue")
+    answer = rollout.run(command)
+    assert (answer.status, answer.json["ok"], answer.json["changed"]) == (3, False, True)
+    assert "WHICH DOESN'T ANSWER" in answer.message and answer.json["switch_ms"] is None
+    assert rollout.state.split == 0 and not present(rollout).under_way
+
+
+@pytest.mark.parametrize("how", ["abort", "rollback", "watch"])
+def test_a_rollback_doesnt_bring_back_what_a_rollout_took_back(rollout, how):
+    rollout.configure(bake_seconds=20)
+    faulty(rollout, "some-500").run("swap", "--reason", "looks good")
+    if how == "watch":
+        carry_out(rollout)
+    else:
+        assert rollout.run(how).status == 0
+    before = rollout.snapshot()
+    for more in ([], ["--dry-run"]):
+        answer = rollout.run("rollback", *more)
+        assert answer.status == 1 and "can't roll back to green" in answer.message, answer.message
+        assert present(rollout).reason in answer.message and "--to 3" in answer.message
+    assert rollout.snapshot() == before
+    rollout.host.running["green"].faults.clear()
+    assert rollout.run("rollback", "--to", "3").status == 0 and rollout.state.live == "green"
+    # From there the way back is open.
+    assert rollout.run("rollback").status == 0 and rollout.state.live == "blue"
+
+
+def test_a_rollback_isnt_refused_for_a_switch_that_never_happened(rollout):
+    rollout.configure(bake_seconds=0)
+    rollout.run("swap")
+    rollout.configure(bake_seconds=20)
+    rollout.door.faults.add("blue")
+    assert rollout.run("swap").status == 1 and present(rollout).phase == plan.ABORTED
+    rollout.door.faults.clear()
+    answer = rollout.run("rollback")
+    assert answer.status == 0 and rollout.state.live == "blue", answer.message
+
+
+def test_a_plan_of_an_older_engine_can_be_read(rollout):
+    rollout.configure(bake_seconds=20)
+    rollout.run("swap")
+    path = rollout.state_dir / "rollout.json"
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("boot", "cause")}
+    path.write_text(json.dumps(raw))
+    assert Rollouts(rollout.engine()).under_way() is not None
+    plan.write(path, present(rollout)._replace(phase=plan.ROLLED_BACK))
+    assert present(rollout).went_back
+
+
+def test_an_abort_doesnt_wait_for_a_new_colour_that_hangs(rollout):
+    rollout.configure(bake_seconds=20, request_timeout_seconds=60)
+    rollout.run("swap")
+    over = threading.Event()
+    rollout.host.running["green"].health = over.wait
+    began = time.monotonic()
+    answer = rollout.run("abort")
+    assert time.monotonic() - began < 30
+    over.set()
+    assert answer.status == 0 and rollout.state.live == "blue"
 
 
 def test_a_swap_by_hand_ends_the_bake_of_the_one_before(rollout):
@@ -220,6 +370,24 @@ def test_nothing_else_gets_in_the_way_of_a_canary(rollout):
     answer = rollout.deploy("green", rollout.bundle("3.0.0"))
     assert answer.status == 0 and answer.json["pending"] and "under way" in answer.message
     assert rollout.state.split == 1 and rollout.host.running["green"].version == "2.0.0"
+
+
+def test_status_tells_the_share_that_users_have(rollout):
+    """A command was killed between the plan and the routing."""
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollouts, "set_split", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+        patch.setattr(Rollouts, "end", lambda *_: None)
+        with pytest.raises(SystemExit):
+            Rollouts(rollout.engine()).canary(None)
+    assert present(rollout).percent == 1 and rollout.state.split == 0
+    status = rollout.run("status")
+    assert "green (release 2) serves 0 % of users" in status.message
+    assert status.json["rollout"]["percent"] == 0 and "0 %" in status.json["rollout"]["text"]
+    begun = present(rollout)
+    plan.write(rollout.state_dir / "rollout.json", begun._replace(phase=plan.BAKE))
+    status = rollout.run("status")
+    assert "green (release 2) isn't live yet" in status.message and status.json["rollout"]["percent"] == 0
 
 
 def test_orders_without_a_rollout_are_refused(rollout):
@@ -258,6 +426,22 @@ def test_a_rollout_that_began_while_the_last_watch_ended_gets_another(rollout, m
     assert rollout.state.split == 1
 
 
+def test_a_promotion_that_was_killed_before_its_switch_is_settled_on_record(rollout):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout, "--steps", "50,100")
+    begun = present(rollout)
+    plan.write(
+        rollout.state_dir / "rollout.json",
+        begun._replace(phase=plan.BAKE, before=begun.state, state=begun.state + 1),
+    )
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and (rollout.state.live, rollout.state.split) == ("blue", 0)
+    last = rollout.audit()[-1]
+    assert (last["command"], last["cause"], last["outcome"]) == ("rollback", "unwatched", "done")
+    metrics = (rollout.root / "appliance.prom").read_text()
+    assert 'appliance_rollbacks_total{reason="unwatched"} 1.0' in metrics and "appliance_split_percent 0.0" in metrics
+
+
 def test_sigterm_sends_traffic_back_first(rollout):
     rollout.configure(canary_step_seconds=20)
     canary(rollout)
@@ -273,6 +457,98 @@ def test_a_switch_that_fails_leaves_no_rollout(rollout):
     assert answer.status == 1 and rollout.state.live == "blue"
     assert not present(rollout).under_way
     assert Rollouts(rollout.engine()).under_way() is None
+
+
+@pytest.fixture
+def full(rollout, monkeypatch):
+    """While it is set, no plan of these phases can be written: the disk is full."""
+    phases, write = set(), plan.write
+
+    def full_disk(path, wanted):
+        if wanted.phase in phases:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, wanted)
+
+    monkeypatch.setattr(plan, "write", full_disk)
+    return phases
+
+
+def test_a_rollback_in_a_bake_that_isnt_recorded_has_happened(rollout, full):
+    rollout.configure(bake_seconds=20)
+    rollout.run("swap")
+    full.add(plan.ROLLED_BACK)
+    answer = rollout.run("rollback")
+    assert (answer.status, answer.json["changed"], rollout.state.live) == (0, True, "blue"), answer.message
+    assert "isn't recorded" in answer.message and "disk is full" in answer.message
+    assert Rollouts(rollout.engine()).under_way() is None
+
+
+def test_a_canary_without_a_bake_that_isnt_recorded_is_live(rollout, full, monkeypatch):
+    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.02)
+    rollout.configure(bake_seconds=0)
+    full.add(plan.DONE)
+    answer = canary(rollout, "--steps", "100")
+    assert (answer.status, answer.json["changed"], rollout.state.live) == (0, True, "green"), answer.message
+    assert "isn't recorded" in answer.message
+    # Nor does the watch take it for a failure of the release.
+    before = len(rollout.audit())
+    thread = in_background(rollout)
+    wait_for(lambda: len(rollout.audit()) > before)
+    assert rollout.audit()[-1]["outcome"] == "failed" and rollout.state.live == "green"
+    full.clear()
+    thread.join(20)
+    assert present(rollout).phase == plan.DONE and rollout.state.live == "green"
+
+
+def no_way_back(box, patch):
+    """Let green go live and answer 502, and let nothing lead back from there."""
+    box.door.faults.add("green")
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    real = Routing.switch
+    patch.setattr(Routing, "switch", lambda s, state: real(s, state) if state.live == "green" else fails())
+    real_link = Routing.point_to
+    patch.setattr(
+        Routing, "point_to", lambda s, n: real_link(s, n) if (s.states / str(n) / "green").exists() else fails()
+    )
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_a_switch_that_cant_be_undone_stays_watched(rollout, strategy):
+    rollout.configure(bake_seconds=20)
+    with pytest.MonkeyPatch.context() as patch:
+        no_way_back(rollout, patch)
+        answer = canary(rollout, "--steps", "100") if strategy == "canary" else rollout.run("swap")
+        assert answer.status == 1 and "SWITCHING BACK FAILED" in answer.message
+        assert rollout.state.live == "green" and present(rollout).phase == plan.BAKE
+    assert Rollouts(rollout.engine()).under_way() is not None
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.state.live == "blue"
+
+
+def test_a_promotion_that_cant_be_undone_stays_watched(rollout):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout, "--steps", "50,100")
+    rollout.run("promote")
+    with pytest.MonkeyPatch.context() as patch:
+        no_way_back(rollout, patch)
+        engine = rollout.engine()
+        result = engine.run("promote", lambda: Rollouts(engine).advance(present(rollout).number))
+        assert not result.ok and "SWITCHING BACK FAILED" in result.message
+    assert rollout.state.live == "green" and present(rollout).phase == plan.BAKE
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def test_a_switch_that_failed_says_why_on_a_full_disk(rollout, full):
+    rollout.door.faults.add("green")
+    full.add(plan.ABORTED)
+    answer = rollout.run("swap")
+    assert answer.status == 1 and "502" in answer.message and "switched back to blue" in answer.message
+    carry_out(rollout)
+    assert Rollouts(rollout.engine()).under_way() is None and rollout.state.live == "blue"
 
 
 def test_a_promotion_that_fails_goes_back_altogether(rollout):

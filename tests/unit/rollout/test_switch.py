@@ -284,6 +284,70 @@ def test_a_swap_away_from_a_dead_colour_works(box):
     assert box.run("status").status == 0
 
 
+def test_a_swap_tells_what_the_old_colour_still_has_to_answer(box):
+    box.configure(drain_seconds=0.1)
+    box.live_on_blue()
+    box.host.running["blue"].in_progress = 2
+    answer = box.run("swap")
+    assert answer.json["drained"]["left"] == 2 and "2 requests are still in progress on blue" in answer.message
+    box.host.stop("green")
+    answer = box.run("swap")
+    # Nobody knows what a colour has that can't be asked.
+    assert answer.status == 0 and answer.json["drained"]["left"] is None, answer.message
+    assert "there is no socket" in answer.json["drained"]["note"] and answer.json["drained"]["note"] in answer.message
+
+
+def test_a_deploy_tells_that_the_colour_cant_be_asked(box):
+    box.live_on_blue()
+    box.host.stop("green")
+    answer = box.deploy("green", box.bundle("3.0.0"))
+    assert answer.status == 0 and "what is still in progress on green isn't known" in answer.err
+
+
+@pytest.mark.parametrize("command", ["swap", "rollback"])
+@pytest.mark.parametrize("fault", ["hangs", "mute"])
+def test_a_switch_away_from_a_colour_that_answers_nothing_usable_works(box, command, fault):
+    box.live_on_blue()
+    if command == "rollback":
+        box.run("swap")
+        box.run("swap")
+    box.door.hangs.update({"blue"} if fault == "hangs" else ())
+    box.door.faults.update({"mute"} if fault == "mute" else ())
+    assert box.run(command, "--dry-run").status == 0
+    answer = box.run(command)
+    assert (answer.status, answer.json["live"]) == (0, "green"), answer.message
+    assert "the live colour doesn't answer" in answer.err and "6 requests verified" in answer.message
+
+
+def test_a_rollback_doesnt_wait_for_a_colour_that_hangs(box):
+    box.configure(request_timeout_seconds=60)
+    box.live_on_blue()
+    box.run("swap")
+    box.door.hangs.add("green")
+    answer = box.run("rollback")
+    assert (answer.status, answer.json["live"]) == (0, "blue") and answer.json["seconds"] < 30
+
+
+@pytest.mark.parametrize("to", [[], ["--to", "1"]])
+@pytest.mark.parametrize("fault", ["hangs", "fails"])
+def test_a_rollback_doesnt_need_docker(box, fault, to, monkeypatch):
+    box.live_on_blue()
+    box.run("swap")
+    if fault == "fails":
+        box.host.docker_fault = (500, {"message": "no"})
+        refused = box.run("swap")
+        assert refused.status == 1 and "docker can't say whether the image sha256:1111" in refused.message
+    else:
+        over = threading.Event()
+        monkeypatch.setattr(box.host, "answer", lambda *_: over.wait())
+    answer = box.run("rollback", *to)
+    if fault == "hangs":
+        over.set()
+        assert "no whole answer within 1 s" in answer.err
+    assert (answer.status, answer.json["live"]) == (0, "blue"), answer.message
+    assert "going on although docker can't say" in answer.err
+
+
 def test_rollback_twice(box):
     box.live_on_blue()
     assert box.run("rollback").status == 1
@@ -307,9 +371,6 @@ def test_rollback_refuses_what_isnt_as_it_was(box):
     box.host.images.clear()
     assert "isn't on this host any more" in box.run("rollback").message
     box.host.images.update(images)
-    box.host.docker_fault = (500, {"message": "no"})
-    assert "docker can't say whether the image sha256:1111" in box.run("rollback").message
-    box.host.docker_fault = None
     box.deploy("blue", box.bundle("3.0.0"))
     assert "was live with release 1 and now holds release 3" in box.run("rollback").message
     assert box.snapshot() == before
