@@ -65,9 +65,9 @@ def shadow(agree: int, differ: int, config: Config) -> Check:
 
 
 def errors(new: Window, old: Window, config: Config, least: int) -> Check:
-    """Judge the share of failed requests against the other colour's of the same time, and against an absolute limit.
+    """Judge the share of failed requests against the other colour's of the same time, and against absolute limits.
 
-    Fewer than `least` requests say nothing.
+    Fewer than `least` requests say nothing. Where not one was answered well, it never passes.
     """
     if new.requests < least:
         return Check("errors", NO_DATA, f"{new.requests} requests of the {least} that say something")
@@ -75,10 +75,13 @@ def errors(new: Window, old: Window, config: Config, least: int) -> Check:
     # Where both fail, it is something that they share.
     if old.requests >= config.judge_min_requests:
         limit = max(limit, config.judge_max_error_ratio * old.error_share)
+    # A colour that hardly answers can't become live, whatever the other one does.
+    limit = min(limit, config.judge_error_ceiling)
     failed = _at_least(new.errors, new.requests) > limit
+    well = NO_DATA if new.errors == new.requests else PASS
     return Check(
         "errors",
-        FAIL if failed else PASS,
+        FAIL if failed else well,
         f"{new.errors} of {new.requests} requests failed ({new.error_share:.1%}, at most {limit:.1%})",
         new.error_share,
         limit,

@@ -29,10 +29,20 @@ def latency(new, old, config=CONFIG):
         (window(1000, 9), window(1000), PASS),
         (window(1000, 100), window(1000, 90), PASS),  # a fault that both share
         (window(1000, 100), window(20, 2), FAIL),  # too few of the other colour to excuse it
+        (window(500, 500), window(500, 250), FAIL),  # whatever the other does, a colour must answer
+        (window(1000, 600), window(1000, 600), FAIL),
+        (window(30, 15), window(1000, 400), PASS),
     ],
 )
 def test_errors(new, old, verdict):
     assert judge.errors(new, old, CONFIG, 30).verdict == verdict
+
+
+@pytest.mark.parametrize("count", [3, 5, 500])
+def test_without_one_good_answer_it_never_passes(count):
+    lenient = CONFIG._replace(judge_error_ceiling=1.0)
+    check = judge.errors(window(count, count), window(500, 250), lenient, 3)
+    assert check.verdict == NO_DATA and f"{count} of {count} requests failed" in check.text
 
 
 def test_three_times_slower_fails_at_every_quantile():
