@@ -14,8 +14,6 @@ from pathlib import Path
 
 from rollout.judge import Window
 
-ENGINE = "appliance-"
-"""How the ids of the engine's own requests begin; `mark` begins with it."""
 _CLIENT_GONE = 499
 # A client that went away after this time gave up: no colour may hang unseen because nobody waits for it.
 _GIVEN_UP_SECONDS = 5.0
@@ -48,12 +46,13 @@ class _Second:
 class AccessLog:
     """The requests of the last `keep_seconds`, for each colour, of which those whose id begins with `mark` are our own.
 
-    Times are those of the reading, since the clock of the log may jump.
+    Others that begin with `engine` are left out. Times are those of the reading, since the clock of the log may jump.
     """
 
-    def __init__(self, path: Path, mark: str, keep_seconds: float) -> None:
+    def __init__(self, path: Path, mark: str, engine: str, keep_seconds: float) -> None:
         self._path = path
         self._mark = mark
+        self._engine = engine
         self._keep = keep_seconds
         self._seconds: deque[_Second] = deque()
         self._rest = b""
@@ -106,7 +105,7 @@ class AccessLog:
             request = _parse(line)
             if request is not None:
                 mine = request.request_id.startswith(self._mark)
-                if mine or not request.request_id.startswith(ENGINE):
+                if mine or not request.request_id.startswith(self._engine):
                     windows = second.own if mine else second.clients
                     _add(windows.setdefault(request.colour, Window()), request)
 
@@ -119,8 +118,11 @@ class AccessLog:
         return _sum(second.own.get(colour) for second in self._seconds if second.at >= since)
 
 
-def before(path: Path, colour: str, seconds: float) -> Window:
-    """What was answered by `colour` within the last `seconds`, from what the log holds already."""
+def before(path: Path, colour: str, seconds: float, *own: str) -> Window:
+    """What clients got from `colour` within the last `seconds`, from what the log holds already.
+
+    The ids of the engine's own requests begin with one of `own`.
+    """
     window = Window()
     earliest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
     try:
@@ -131,7 +133,7 @@ def before(path: Path, colour: str, seconds: float) -> Window:
         return window
     for line in lines:
         request = _parse(line)
-        mine = request is not None and request.request_id.startswith(ENGINE)
+        mine = request is not None and request.request_id.startswith(own)
         if request is not None and not mine and request.colour == colour and _moment(request.time) >= earliest:
             _add(window, request)
     return window

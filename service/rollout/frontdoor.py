@@ -55,10 +55,11 @@ class _TlsConnection(Connection):
 
 
 class FrontDoor:
-    """`POST /predict` through nginx; `timeout` in seconds for one request."""
+    """`POST /predict` through nginx; `timeout` in seconds for one request, `mark` gives the beginning of its id."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, mark: Callable[[], str] = lambda: "appliance-") -> None:
         self.url = url
+        self._mark = mark
         self._parts = urlsplit(url)
         self._timeout = timeout
 
@@ -90,7 +91,7 @@ class FrontDoor:
         """
         connection = self._connection()
         try:
-            answer = self._ask(connection, body, "appliance-before")
+            answer = self._ask(connection, body, f"{self._mark()}before")
             if answer.closes:
                 connection.connect()
         except (ExchangeError, OSError) as error:
@@ -153,7 +154,7 @@ class FrontDoor:
         for left in range(_RETRIES, -1, -1):
             between()
             try:
-                answer = self._ask(connection, body, f"appliance-{mark}")
+                answer = self._ask(connection, body, f"{self._mark()}{mark}")
             except ExchangeError as error:
                 raise WrongAnswer(f"{self.url}/predict, {what}: no answer: {tidy(error)}") from None
             got = answer.headers.get("x-model-colour")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rollout import host, plan
+from rollout import host, plan, requestmark
 from rollout.colour import HEALTHY
 from rollout.errors import ApplianceError, Failed, Refused, UsageError
 from rollout.operations import Engine, title_of
@@ -99,7 +99,7 @@ class Rollouts:
             first=state.number,
             before=state.number,
             state=state.number,
-            mark=f"appliance-{os.urandom(8).hex()}-",
+            mark=f"{requestmark.of(self.config.runtime_dir)}{os.urandom(4).hex()}-",
             who=self.engine.who,
             since=now(),
             steps=steps,

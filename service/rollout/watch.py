@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rollout import accesslog, bundles, files, host, judge, plan
+from rollout import accesslog, bundles, files, host, judge, plan, requestmark
 from rollout.accesslog import AccessLog
 from rollout.colour import HEALTHY, Colour, Health
 from rollout.config import Config
@@ -192,10 +192,11 @@ class Trial:
         self._present = begun
         # Our own requests count for as long as a step may last: to a slow model there are few.
         longest = max(config.canary_step_seconds, config.bake_seconds) + config.judge_patience_seconds
-        self._log = AccessLog(config.access_log, begun.mark, max(config.judge_window_seconds, longest))
+        own = (begun.mark, requestmark.of(config.runtime_dir))
+        self._log = AccessLog(config.access_log, *own, max(config.judge_window_seconds, longest))
         self._source, self._target = self._engine.colour(begun.source), self._engine.colour(begun.target)
         # In a bake no client uses the old colour: what they got from it just before is the measure.
-        self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds)
+        self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
         self._restarts: int | None = None
         self._compared = self._shadow_counts()
         self._began = self._since = self._calm = time.monotonic()
