@@ -15,8 +15,6 @@ from pathlib import Path
 from rollout.judge import Window
 
 _CLIENT_GONE = 499
-# A client that went away after this time gave up: no colour may hang unseen because nobody waits for it.
-_GIVEN_UP_SECONDS = 5.0
 # More say nothing new about a second.
 _MOST_TIMES = 500
 _MOST_BYTES_PER_READ = 64 * 1024 * 1024
@@ -152,10 +150,6 @@ def _parse(line: bytes) -> _Request | None:
         if status == 503 and not tried:
             # nginx's own, in maintenance: no colour was asked.
             return None
-        if status == _CLIENT_GONE:
-            if seconds < _GIVEN_UP_SECONDS:
-                return None
-            status = 504
         return _Request(entry["time"], entry["request_id"], entry["routed"], status, seconds)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -169,6 +163,10 @@ def _moment(text: str) -> datetime.datetime:
 
 
 def _add(window: Window, request: _Request) -> None:
+    if request.status == _CLIENT_GONE:
+        if len(window.gone) < _MOST_TIMES:
+            window.gone.append(request.seconds)
+        return
     window.requests += 1
     if request.status >= 500:
         window.errors += 1
@@ -189,4 +187,5 @@ def _sum(windows: Iterable[Window | None]) -> Window:
             total.requests += window.requests
             total.errors += window.errors
             total.seconds += window.seconds
+            total.gone += window.gone
     return total

@@ -13,21 +13,37 @@ if TYPE_CHECKING:
 PASS, FAIL, NO_DATA = "pass", "fail", "no data"
 # One-sided 99 %: a single failed request in a small window condemns nobody.
 _Z = 2.33
+# A client that waited so many times as long as nearly all requests take on the other colour gave up: it didn't just
+# change its mind. Below the least there are other reasons to wait; the last is for where nothing is known of the other.
+_GIVEN_UP_RATIO = 3.0
+_GIVEN_UP_LEAST_SECONDS = 0.25
+_GIVEN_UP_SECONDS = 5.0
 # A quantile is only as good as the number of requests beyond it.
 _MIN_BEYOND = 5
 
 
 @dataclass
 class Window:
-    """The requests of one colour that count: how many, how many failed, and how long the good ones took in seconds."""
+    """The requests of one colour that count: how many, how many failed, and how long the good ones took in seconds.
+
+    `gone` is how long those clients waited in seconds that went away without an answer; of all these only the
+    `given_up` count, among the failed.
+    """
 
     requests: int = 0
     errors: int = 0
     seconds: list[float] = field(default_factory=list)
+    gone: list[float] = field(default_factory=list)
+    given_up: int = 0
 
     @property
     def error_share(self) -> float:
         return self.errors / self.requests if self.requests else 0.0
+
+    def with_given_up(self, after: float) -> Window:
+        """The same, where whoever went away after `after` seconds counts as a failed request."""
+        count = sum(seconds >= after for seconds in self.gone)
+        return Window(self.requests + count, self.errors + count, self.seconds, given_up=count)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,17 @@ def shadow(agree: int, differ: int, config: Config) -> Check:
     )
 
 
+def given_up_after(old: Window, config: Config) -> float:
+    """The time in seconds after which a client that goes away has given up, by the other colour's answering times.
+
+    Who goes away sooner may have had any reason, which says nothing about a colour.
+    """
+    if len(old.seconds) < config.judge_min_requests:
+        return _GIVEN_UP_SECONDS
+    usual = quantile(old.seconds, 0.99)
+    return max(_GIVEN_UP_LEAST_SECONDS, min(_GIVEN_UP_RATIO * usual, max(_GIVEN_UP_SECONDS, usual)))
+
+
 def errors(new: Window, old: Window, config: Config, least: int) -> Check:
     """Judge the share of failed requests against the other colour's of the same time, and against absolute limits.
 
@@ -79,17 +106,21 @@ def errors(new: Window, old: Window, config: Config, least: int) -> Check:
     limit = min(limit, config.judge_error_ceiling)
     failed = _at_least(new.errors, new.requests) > limit
     well = NO_DATA if new.errors == new.requests else PASS
+    gave_up = f", {new.given_up} of them because clients gave up" if new.given_up else ""
     return Check(
         "errors",
         FAIL if failed else well,
-        f"{new.errors} of {new.requests} requests failed ({new.error_share:.1%}, at most {limit:.1%})",
+        f"{new.errors} of {new.requests} requests failed{gave_up} ({new.error_share:.1%}, at most {limit:.1%})",
         new.error_share,
         limit,
     )
 
 
-def latencies(new: Window, old: Window, config: Config) -> list[Check]:
-    """Judge the answering times, by quantiles, against the other colour's for the same kind of traffic."""
+def latencies(new: Window, old: Window, config: Config, *, comparable: bool = True) -> list[Check]:
+    """Judge the answering times, by quantiles, against the other colour's for the same kind of traffic.
+
+    Where it isn't the same, they aren't `comparable`, and only the absolute limit holds.
+    """
     checks = []
     for percent in (50, 95, 99):
         name, share = f"p{percent}", percent / 100
@@ -103,7 +134,7 @@ def latencies(new: Window, old: Window, config: Config) -> list[Check]:
             continue
         value = quantile(new.seconds, share - _doubt(share, len(new.seconds))) * 1000
         limit = config.judge_max_p95_ms if percent == 95 else math.inf
-        if len(old.seconds) >= least:
+        if comparable and len(old.seconds) >= least:
             reference = quantile(old.seconds, share + _doubt(share, len(old.seconds))) * 1000
             limit = min(
                 limit,
@@ -112,7 +143,7 @@ def latencies(new: Window, old: Window, config: Config) -> list[Check]:
                     reference + config.judge_min_latency_difference_ms,
                 ),
             )
-        elif percent == 50:
+        elif comparable and percent == 50:
             checks.append(Check(name, NO_DATA, f"{len(old.seconds)} good answers of the other colour to compare with"))
             continue
         if math.isfinite(limit):

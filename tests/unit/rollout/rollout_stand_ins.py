@@ -15,6 +15,7 @@ import http.server
 import itertools
 import json
 import os
+import select
 import socket
 import socketserver
 import subprocess
@@ -124,6 +125,10 @@ class FakeColour:
         if "slow" in self.faults and self.asked > 30:
             time.sleep(0.03)
         data = json.loads(body)["data"]
+        if "narrow" in self.faults and len(data) != 2:
+            return 422, {"error": "two numbers"}
+        if "by-length" in self.faults:
+            time.sleep(0.001 * len(data))
         return 200, {"output": round(sum(data) * self.factor, 6) + (1 if "wrong" in self.faults else 0)}
 
     def answer(self, handler, body):
@@ -209,6 +214,10 @@ class FakeFrontDoor:
         elif self.sheds and "before" not in handler.headers["X-Request-ID"]:
             status, named = self.sheds.pop(0)
             handler.send(status, {"error": "busy"}, {"X-Model-Colour": named})
+        elif "stuck" in running.faults and running.asked > 30:
+            # Until the client has gone.
+            select.select([handler.connection], [], [], 30)
+            handler.sent, handler.close_connection = 499, True
         else:
             handler.send(*running.predict(body), {"X-Model-Colour": colour})
 
@@ -224,8 +233,9 @@ class FakeHost:
         self.config_dir, self.runtime_dir = config_dir, runtime_dir
         self.images = {"appliance/model:1": "sha256:" + "1" * 64, "appliance/model:2": "sha256:" + "2" * 64}
         self.faults: dict[str, set[str]] = {}
-        """By bundle version: reject, crash, exit, hang, wrong, predict-500, refuse-start, stale, drip; and, from the
-        31st prediction on, some-500 (every fifth), slow (30 ms)."""
+        """By bundle version: reject, crash, exit, hang, wrong, predict-500, refuse-start, stale, drip, narrow (takes
+        two numbers), by-length (1 ms for each number); and, from the 31st prediction on, some-500 (every fifth), slow
+        (30 ms), stuck (never; through the front door only)."""
         self.running: dict[str, FakeColour] = {}
         self.units = {c: self._unit("inactive") for c in COLOURS}
         self.enabled: set[str] = set()

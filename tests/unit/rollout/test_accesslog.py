@@ -67,6 +67,17 @@ def test_a_clients_id_hides_no_request(path, request_id):
     assert (window.requests, window.errors) == (1, 1)
 
 
+def test_who_went_away_is_kept_apart_with_the_time_waited(path):
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
+    gone = [line(status=499, upstream=str(seconds)) for seconds in (0.1, 2.0, 2.5)]
+    write(path, line(), *gone, line(status=499, upstream="-", seconds=3.0))
+    log.read()
+    for window in (log.clients("green", 0), accesslog.before(path, "green", 60)):
+        assert (window.requests, window.errors, window.gone) == (1, 0, [0.1, 2.0, 2.5, 3.0])
+        counted = window.with_given_up(2.5)
+        assert (counted.requests, counted.errors, counted.given_up, counted.seconds) == (3, 2, 2, [0.02])
+
+
 def test_a_line_that_is_half_written_counts_once(path):
     log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     whole = line()

@@ -45,6 +45,19 @@ def test_without_one_good_answer_it_never_passes(count):
     assert check.verdict == NO_DATA and f"{count} of {count} requests failed" in check.text
 
 
+@pytest.mark.parametrize(("ms", "seconds"), [(1, 0.25), (100, 0.3), (1000, 3.0), (2000, 5.0), (4000, 5.0), (8000, 8.0)])
+def test_who_gives_up_has_waited_longer_than_nearly_all_others(ms, seconds):
+    assert judge.given_up_after(window(1000, ms=ms, spread=0), CONFIG) == pytest.approx(seconds)
+    assert judge.given_up_after(window(3, ms=ms), CONFIG) == 5.0
+
+
+def test_times_that_dont_compare_have_their_absolute_limit_only():
+    fast, slow, never = (window(200, ms=ms) for ms in (5, 500, 9000))
+    for new, verdicts in ((slow, {"p95": PASS}), (never, {"p95": FAIL}), (window(3), {"p50": NO_DATA})):
+        checks = judge.latencies(new, fast, CONFIG, comparable=False)
+        assert {check.name: check.verdict for check in checks} == verdicts
+
+
 def test_three_times_slower_fails_at_every_quantile():
     assert latency(window(1000, ms=60), window(1000, ms=20)) == {"p50": FAIL, "p95": FAIL, "p99": FAIL}
 
