@@ -243,7 +243,7 @@ class Engine:
                 self.config,
                 self.routing,
                 self.releases,
-                plan.with_checks(self.config.rollout_file, self.config.rollout_report_file),
+                lambda: plan.with_checks(self.config.rollout_file, self.config.rollout_report_file),
             )
         except (OSError, ApplianceError) as error:
             progress(f"the metrics weren't written: {error}")

@@ -26,6 +26,8 @@ from rollout.unixhttp import ExchangeError, UnixConnection, exchange
 
 _TICK_SECONDS = 1.0
 _LOCK_SECONDS = 60.0
+# The metrics are never older, and at once as they are where a verdict changes.
+_METRICS_SECONDS = 15.0
 # So many failed requests of clients are looked at even where there are few requests altogether, and so many of our own
 # without an answer where the other colour answers them.
 _ENOUGH_ERRORS = 3
@@ -58,6 +60,8 @@ class Watch:
         self.who = who
         self._stopped = threading.Event()
         self._present: Plan | None = None
+        self._shown: set[tuple[str, str]] | None = None
+        self._shown_at = 0.0
 
     def _engine(self, who: str | None = None, reason: str | None = None) -> Engine:
         engine = Engine(self.config, who or self.who, reason, lock_wait=_LOCK_SECONDS)
@@ -132,6 +136,7 @@ class Watch:
         checks = trial.look()
         verdict = judge.verdict_of(checks)
         self._report(present, trial, checks, verdict)
+        self._show(checks)
         if verdict == FAIL:
             trial.failures += 1
             failed = [check for check in checks if check.verdict == FAIL]
@@ -188,6 +193,13 @@ class Watch:
             files.replace(self.config.rollout_report_file, json.dumps(about).encode() + b"\n")
         except OSError as error:
             progress(f"no report: {tidy(error)}")
+
+    def _show(self, checks: list[Check]) -> None:
+        """Renew the metrics where a verdict is another one, or where they are old."""
+        verdicts = {(check.name, check.verdict) for check in checks}
+        if verdicts != self._shown or time.monotonic() >= self._shown_at + _METRICS_SECONDS:
+            self._shown, self._shown_at = verdicts, time.monotonic()
+            self._engine().write_metrics()
 
 
 class Trial:
