@@ -63,18 +63,23 @@ def verdict_of(checks: Sequence[Check]) -> str:
     return FAIL if FAIL in verdicts else NO_DATA if NO_DATA in verdicts or not verdicts else PASS
 
 
-def shadow(agree: int, differ: int, config: Config) -> Check:
-    """Judge how often both colours answered the same request differently."""
-    compared = agree + differ
+def shadow(agree: int, differ: int, silent: int, config: Config) -> Check:
+    """Judge how often both colours answered the same request differently.
+
+    To `silent` requests only the live colour gave an answer: what goes beyond the tolerated share of errors differs.
+    """
+    compared = agree + differ + silent
     if compared < config.shadow_min_compared:
         return Check(
             "shadow", NO_DATA, f"{compared} requests compared of the {config.shadow_min_compared} that say something"
         )
-    share, limit = differ / compared, config.shadow_max_difference_share
+    beyond = max(0, silent - math.floor(config.judge_max_error_share * compared))
+    share, limit = (differ + beyond) / compared, config.shadow_max_difference_share
+    unanswered = f", {silent} not at all" if silent else ""
     return Check(
         "shadow",
         FAIL if share > limit else PASS,
-        f"{differ} of {compared} requests answered differently ({share:.1%}, at most {limit:.1%})",
+        f"{differ} of {compared} requests answered differently{unanswered} ({share:.1%}, at most {limit:.1%})",
         share,
         limit,
     )

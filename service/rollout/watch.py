@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +29,8 @@ _TICK_SECONDS = 1.0
 _LOCK_SECONDS = 60.0
 # The metrics are never older, and at once as they are where a verdict changes.
 _METRICS_SECONDS = 15.0
+# Counts of the shadow's results that say how the colours compare.
+_COMPARED = ("agree", "differ", "error_idle")
 # So many failed requests of clients are looked at even where there are few requests altogether, and so many of our own
 # without an answer where the other colour answers them.
 _ENOUGH_ERRORS = 3
@@ -217,7 +220,8 @@ class Trial:
         # In a bake no client uses the old colour: what they got from it just before is the measure.
         self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
         self._restarts: int | None = None
-        self._compared = self._shadow_counts()
+        self._compared: deque[tuple[float, dict[str, float]]] = deque()
+        self._count_shadow()
         self._began = self._since = self._calm = time.monotonic()
         self.failures = 0
         self._synthetic = Synthetic(config, self._engine, begun)
@@ -255,6 +259,7 @@ class Trial:
         if health.verdict == NO_DATA:
             # What hit both colours says nothing about the new one.
             self._calm = time.monotonic()
+            self._compared.clear()
             return [health]
         since = max(self._since, self._calm, time.monotonic() - self.config.judge_window_seconds)
         baking = self._present.phase == plan.BAKE
@@ -312,21 +317,37 @@ class Trial:
         state = self._engine.routing.read()
         if state is None or not state.shadow:
             return None
-        if self._compared is None:
-            self._compared = self._shadow_counts()
-        counts = self._shadow_counts()
-        if counts is None or self._compared is None:
+        if not self._count_shadow():
             return Check("shadow", NO_DATA, "appliance-shadow.service doesn't answer")
-        if counts["started"] != self._compared["started"]:
-            self._compared = dict.fromkeys(counts, 0) | {"started": counts["started"]}
-        agree, differ = (int(counts[key] - self._compared[key]) for key in ("agree", "differ"))
-        return judge.shadow(agree, differ, self.config)
+        (_, first), (_, last) = self._compared[0], self._compared[-1]
+        return judge.shadow(*(int(last[key] - first[key]) for key in _COMPARED), self.config)
+
+    def _count_shadow(self) -> bool:
+        """Look at the counts, and forget what is older than the window, as far as the rest still says something."""
+        counts, at = self._shadow_counts(), time.monotonic()
+        if counts is None:
+            return False
+        seen = self._compared
+        if seen and counts["started"] != seen[-1][1]["started"]:
+            seen.clear()
+            seen.append((at, dict.fromkeys(counts, 0.0) | {"started": counts["started"]}))
+        # Of a time without any requests its beginning and its end are enough.
+        if len(seen) > 1 and seen[-2][1] == seen[-1][1] == counts:
+            seen.pop()
+        seen.append((at, counts))
+        while len(seen) > 2:
+            then, earlier = seen[1]
+            compared = sum(counts[key] - earlier[key] for key in _COMPARED)
+            if then > at - self.config.judge_window_seconds or compared < self.config.shadow_min_compared:
+                break
+            seen.popleft()
+        return True
 
     def _shadow_counts(self) -> dict[str, float] | None:
         connection = UnixConnection(self.config.shadow_socket, 1.0)
         try:
             raw = json.loads(exchange(connection, "GET", "/summary", timeout=1.0).body)
-            return {key: float(raw[key]) for key in ("agree", "differ", "started")}
+            return {key: float(raw[key]) for key in (*_COMPARED, "started")}
         except (ExchangeError, OSError, ValueError, TypeError, KeyError):
             return None
         finally:

@@ -90,10 +90,22 @@ def test_a_slow_tail_alone_fails():
 
 
 @pytest.mark.parametrize(
-    ("agree", "differ", "verdict"), [(99, 0, NO_DATA), (100, 0, PASS), (95, 5, PASS), (90, 10, FAIL)]
+    ("agree", "differ", "silent", "verdict"),
+    [
+        (99, 0, 0, NO_DATA),
+        (100, 0, 0, PASS),
+        (95, 5, 0, PASS),
+        (90, 10, 0, FAIL),
+        (0, 0, 100, FAIL),
+        (94, 0, 6, PASS),  # one of them is tolerated as an error, five as differing
+        (93, 0, 7, FAIL),
+        (93, 5, 1, NO_DATA),
+        (94, 5, 1, PASS),
+        (92, 5, 3, FAIL),
+    ],
 )
-def test_shadow(agree, differ, verdict):
-    assert judge.shadow(agree, differ, CONFIG).verdict == verdict
+def test_shadow(agree, differ, silent, verdict):
+    assert judge.shadow(agree, differ, silent, CONFIG).verdict == verdict
 
 
 def test_no_data_is_neither_pass_nor_fail():

@@ -6,12 +6,13 @@ import json
 import time
 from contextlib import closing
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 from rollout import config, plan, watch
-from rollout.judge import FAIL, PASS
+from rollout.judge import FAIL, NO_DATA, PASS
 from rollout.watch import Trial
-from rollout_stand_ins import wait_for
+from rollout_stand_ins import serve, wait_for
 
 
 @pytest.fixture
@@ -132,3 +133,69 @@ def test_where_the_old_release_refuses_the_examples_times_arent_compared(canary)
     assert not trial._synthetic.alike
     assert "p50" not in found and found["errors"].verdict == PASS
     assert {check.verdict for check in found.values()} == {PASS}
+
+
+class Counts:
+    """The shadow's socket, and the clock of the watch."""
+
+    def __init__(self, box, monkeypatch):
+        self.agree = self.differ = self.error_idle = self.started = 0
+        self.now = time.monotonic()
+        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: self.now))
+        (box.runtime_dir / "shadow").mkdir()
+        self.server = serve(str(box.runtime_dir / "shadow/shadow.sock"), self)
+
+    def answer(self, handler, _body):
+        counts = {key: getattr(self, key) for key in ("agree", "differ", "error_idle", "started")}
+        handler.send(200, counts | {"shed": 0})
+
+
+@pytest.fixture
+def counts(canary, monkeypatch):
+    canary.configure(synthetic_per_second=0, shadow_min_compared=100, judge_window_seconds=60)
+    assert canary.run("shadow", "50").status == 0
+    counts = Counts(canary, monkeypatch)
+    yield counts
+    counts.server.shutdown()
+    counts.server.server_close()
+
+
+def pass_time(trial, counts, seconds, **more):
+    """So many seconds, with so many more counts in each; the last look's check."""
+    for _ in range(seconds):
+        counts.now += 1
+        for key, value in more.items():
+            setattr(counts, key, getattr(counts, key) + value)
+        found = look(trial)["shadow"]
+    return found
+
+
+def test_a_shadow_that_gets_no_answers_fails(canary, counts):
+    with begin(canary) as trial:
+        assert pass_time(trial, counts, 5, agree=30).verdict == PASS
+        found = pass_time(trial, counts, 5, error_idle=10)
+        assert found.verdict == FAIL and "50 not at all" in found.text
+
+
+def test_a_late_change_isnt_diluted_by_what_was_before(canary, counts):
+    with begin(canary) as trial:
+        assert pass_time(trial, counts, 300, agree=100).verdict == PASS
+        assert pass_time(trial, counts, 20, differ=100).verdict == FAIL
+        # Nor does it condemn for ever.
+        assert pass_time(trial, counts, 70, agree=100).verdict == PASS
+        assert len(trial._compared) < 70
+
+
+def test_few_comparisons_are_gathered_for_longer(canary, counts):
+    with begin(canary) as trial:
+        assert pass_time(trial, counts, 90, agree=1).verdict == NO_DATA
+        assert pass_time(trial, counts, 20, agree=1).verdict == PASS
+        assert pass_time(trial, counts, 1000).verdict == PASS
+        assert len(trial._compared) < 130
+
+
+def test_the_counts_of_a_daemon_that_started_afresh_begin_at_none(canary, counts):
+    with begin(canary) as trial:
+        pass_time(trial, counts, 5, agree=1000)
+        counts.agree, counts.started = 0, 1
+        assert pass_time(trial, counts, 2, differ=100).verdict == FAIL
