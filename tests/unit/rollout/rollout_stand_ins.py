@@ -289,6 +289,14 @@ class FakeHost:
             self.calls.append(command)
             return self._do(command)
 
+    def ask_from_afar(self, command):
+        """As `_ask`, but from a forked process: what is started belongs to the first one."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._path)
+            connection.sendall(json.dumps(command).encode() + b"\n")
+            answer = json.loads(connection.makefile().readline())
+        return answer["rc"], answer["out"], answer["err"]
+
     def run(self, command, **options):
         """`subprocess.run` for the engine in the test's process: what the program does, without its interpreter.
 
