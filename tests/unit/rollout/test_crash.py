@@ -132,6 +132,9 @@ def test_a_crash_at_any_call_of_a_deploy_leaves_production_alone_and_the_next_wo
     for number in cuts(deploy, again):
         _check(box, ("blue",))
         assert box.snapshot() == before and box.host.running["blue"].env["MODEL_RELEASE"] == "1", number
+        # What the unit would start with at the next boot is a whole release, too.
+        releases = box.engine().releases
+        assert releases.get(releases.placed("green")).version in ("2.0.0", "3.0.0"), number
         answer = box.deploy("green", directory)
         assert answer.status == 0, (number, answer.message)
         running, placed = box.host.running["green"], box.engine().releases.placed("green")
