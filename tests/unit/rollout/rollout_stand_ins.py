@@ -86,7 +86,10 @@ def serve(address, owner):
 
 
 class FakeColour:
-    """A running model container. `faults`: what is wrong with it."""
+    """A running model container. `faults`: what is wrong with it.
+
+    `in_progress` has what `/metrics` says about its requests at each look, and goes on with the last.
+    """
 
     def __init__(self, directory: Path, colour: str, env: dict[str, str], faults: set[str]):
         self.directory, self.colour, self.env, self.faults = directory, colour, env, faults
@@ -98,6 +101,7 @@ class FakeColour:
         self.workers = 2
         self.asked = 0
         self.looked_at = 0
+        self.in_progress = []
         self.servers = []
         for name in ["control.sock", *(f"worker-{i}.sock" for i in range(self.workers))]:
             path = directory / name
@@ -142,6 +146,9 @@ class FakeColour:
                         time.sleep(0.1)
                 return
             handler.send(200 if self.status in ("ready", "degraded") else 503, self.health())
+        elif handler.path == "/metrics" and self.in_progress:
+            count = self.in_progress.pop(0) if len(self.in_progress) > 1 else self.in_progress[0]
+            handler.send(200, f'model_requests_in_progress{{model="m"}} {count}\n'.encode())
         else:
             handler.send(*self.predict(body), {"X-Model-Colour": self.colour})
 
