@@ -14,11 +14,7 @@ from pathlib import Path
 
 from rollout.judge import Window
 
-ENGINE = "appliance-"
-"""How the ids of the engine's own requests begin; `mark` begins with it."""
 _CLIENT_GONE = 499
-# A client that went away after this time gave up: no colour may hang unseen because nobody waits for it.
-_GIVEN_UP_SECONDS = 5.0
 # More say nothing new about a second.
 _MOST_TIMES = 500
 _MOST_BYTES_PER_READ = 64 * 1024 * 1024
@@ -48,12 +44,13 @@ class _Second:
 class AccessLog:
     """The requests of the last `keep_seconds`, for each colour, of which those whose id begins with `mark` are our own.
 
-    Times are those of the reading, since the clock of the log may jump.
+    Others that begin with `engine` are left out. Times are those of the reading, since the clock of the log may jump.
     """
 
-    def __init__(self, path: Path, mark: str, keep_seconds: float) -> None:
+    def __init__(self, path: Path, mark: str, engine: str, keep_seconds: float) -> None:
         self._path = path
         self._mark = mark
+        self._engine = engine
         self._keep = keep_seconds
         self._seconds: deque[_Second] = deque()
         self._rest = b""
@@ -106,7 +103,7 @@ class AccessLog:
             request = _parse(line)
             if request is not None:
                 mine = request.request_id.startswith(self._mark)
-                if mine or not request.request_id.startswith(ENGINE):
+                if mine or not request.request_id.startswith(self._engine):
                     windows = second.own if mine else second.clients
                     _add(windows.setdefault(request.colour, Window()), request)
 
@@ -119,8 +116,11 @@ class AccessLog:
         return _sum(second.own.get(colour) for second in self._seconds if second.at >= since)
 
 
-def before(path: Path, colour: str, seconds: float) -> Window:
-    """What was answered by `colour` within the last `seconds`, from what the log holds already."""
+def before(path: Path, colour: str, seconds: float, *own: str) -> Window:
+    """What clients got from `colour` within the last `seconds`, from what the log holds already.
+
+    The ids of the engine's own requests begin with one of `own`.
+    """
     window = Window()
     earliest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
     try:
@@ -131,7 +131,7 @@ def before(path: Path, colour: str, seconds: float) -> Window:
         return window
     for line in lines:
         request = _parse(line)
-        mine = request is not None and request.request_id.startswith(ENGINE)
+        mine = request is not None and request.request_id.startswith(own)
         if request is not None and not mine and request.colour == colour and _moment(request.time) >= earliest:
             _add(window, request)
     return window
@@ -150,10 +150,6 @@ def _parse(line: bytes) -> _Request | None:
         if status == 503 and not tried:
             # nginx's own, in maintenance: no colour was asked.
             return None
-        if status == _CLIENT_GONE:
-            if seconds < _GIVEN_UP_SECONDS:
-                return None
-            status = 504
         return _Request(entry["time"], entry["request_id"], entry["routed"], status, seconds)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -167,6 +163,10 @@ def _moment(text: str) -> datetime.datetime:
 
 
 def _add(window: Window, request: _Request) -> None:
+    if request.status == _CLIENT_GONE:
+        if len(window.gone) < _MOST_TIMES:
+            window.gone.append(request.seconds)
+        return
     window.requests += 1
     if request.status >= 500:
         window.errors += 1
@@ -187,4 +187,5 @@ def _sum(windows: Iterable[Window | None]) -> Window:
             total.requests += window.requests
             total.errors += window.errors
             total.seconds += window.seconds
+            total.gone += window.gone
     return total

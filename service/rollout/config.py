@@ -30,6 +30,7 @@ _NUMBERS = {
     "judge_window_seconds": _SECONDS,
     "judge_max_error_share": _SHARE,
     "judge_max_error_ratio": _RATIO,
+    "judge_error_ceiling": _SHARE,
     "judge_max_latency_ratio": _RATIO,
     "judge_min_latency_difference_ms": _MILLISECONDS,
     "judge_max_p95_ms": _MILLISECONDS,
@@ -82,6 +83,8 @@ class Config(NamedTuple):
     """Share of answers with a status of 500 and above that is tolerated whatever the other colour does."""
     judge_max_error_ratio: float = 2.0
     """How many times the other colour's share is tolerated."""
+    judge_error_ceiling: float = 0.5
+    """Share of such answers that is never tolerated, whatever the other colour's is."""
     judge_max_latency_ratio: float = 1.5
     """How many times the other colour's quantile of the answering time is tolerated."""
     judge_min_latency_difference_ms: float = 2.0

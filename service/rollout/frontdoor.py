@@ -56,10 +56,11 @@ class _TlsConnection(Connection):
 
 
 class FrontDoor:
-    """`POST /predict` through nginx; `timeout` in seconds for one request."""
+    """`POST /predict` through nginx; `timeout` in seconds for one request, `mark` gives the beginning of its id."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, mark: Callable[[], str] = lambda: "appliance-") -> None:
         self.url = url
+        self._mark = mark
         self._parts = urlsplit(url)
         self._timeout = timeout
 
@@ -97,7 +98,7 @@ class FrontDoor:
         try:
             connection.connect()
             try:
-                self._ask(connection, body, "appliance-before", timeout=patience)
+                self._ask(connection, body, f"{self._mark()}before", timeout=patience)
             except ExchangeError as error:
                 progress(f"the live colour doesn't answer through {self.url}: {tidy(error)}; going on")
             if connection.sock is None:
@@ -163,7 +164,7 @@ class FrontDoor:
         for left in range(_RETRIES, -1, -1):
             between()
             try:
-                answer = self._ask(connection, body, f"appliance-{mark}")
+                answer = self._ask(connection, body, f"{self._mark()}{mark}")
             except ExchangeError as error:
                 raise WrongAnswer(f"{self.url}/predict, {what}: no answer: {tidy(error)}") from None
             got = answer.headers.get("x-model-colour")

@@ -13,21 +13,37 @@ if TYPE_CHECKING:
 PASS, FAIL, NO_DATA = "pass", "fail", "no data"
 # One-sided 99 %: a single failed request in a small window condemns nobody.
 _Z = 2.33
+# A client that waited so many times as long as nearly all requests take on the other colour gave up: it didn't just
+# change its mind. Below the least there are other reasons to wait; the last is for where nothing is known of the other.
+_GIVEN_UP_RATIO = 3.0
+_GIVEN_UP_LEAST_SECONDS = 0.25
+_GIVEN_UP_SECONDS = 5.0
 # A quantile is only as good as the number of requests beyond it.
 _MIN_BEYOND = 5
 
 
 @dataclass
 class Window:
-    """The requests of one colour that count: how many, how many failed, and how long the good ones took in seconds."""
+    """The requests of one colour that count: how many, how many failed, and how long the good ones took in seconds.
+
+    `gone` is how long those clients waited in seconds that went away without an answer; of all these only the
+    `given_up` count, among the failed.
+    """
 
     requests: int = 0
     errors: int = 0
     seconds: list[float] = field(default_factory=list)
+    gone: list[float] = field(default_factory=list)
+    given_up: int = 0
 
     @property
     def error_share(self) -> float:
         return self.errors / self.requests if self.requests else 0.0
+
+    def with_given_up(self, after: float) -> Window:
+        """The same, where whoever went away after `after` seconds counts as a failed request."""
+        count = sum(seconds >= after for seconds in self.gone)
+        return Window(self.requests + count, self.errors + count, self.seconds, given_up=count)
 
 
 @dataclass(frozen=True)
@@ -47,27 +63,43 @@ def verdict_of(checks: Sequence[Check]) -> str:
     return FAIL if FAIL in verdicts else NO_DATA if NO_DATA in verdicts or not verdicts else PASS
 
 
-def shadow(agree: int, differ: int, config: Config) -> Check:
-    """Judge how often both colours answered the same request differently."""
-    compared = agree + differ
+def shadow(agree: int, differ: int, silent: int, config: Config) -> Check:
+    """Judge how often both colours answered the same request differently.
+
+    To `silent` requests only the live colour gave an answer: what goes beyond the tolerated share of errors differs.
+    """
+    compared = agree + differ + silent
     if compared < config.shadow_min_compared:
         return Check(
             "shadow", NO_DATA, f"{compared} requests compared of the {config.shadow_min_compared} that say something"
         )
-    share, limit = differ / compared, config.shadow_max_difference_share
+    beyond = max(0, silent - math.floor(config.judge_max_error_share * compared))
+    share, limit = (differ + beyond) / compared, config.shadow_max_difference_share
+    unanswered = f", {silent} not at all" if silent else ""
     return Check(
         "shadow",
         FAIL if share > limit else PASS,
-        f"{differ} of {compared} requests answered differently ({share:.1%}, at most {limit:.1%})",
+        f"{differ} of {compared} requests answered differently{unanswered} ({share:.1%}, at most {limit:.1%})",
         share,
         limit,
     )
 
 
-def errors(new: Window, old: Window, config: Config, least: int) -> Check:
-    """Judge the share of failed requests against the other colour's of the same time, and against an absolute limit.
+def given_up_after(old: Window, config: Config) -> float:
+    """The time in seconds after which a client that goes away has given up, by the other colour's answering times.
 
-    Fewer than `least` requests say nothing.
+    Who goes away sooner may have had any reason, which says nothing about a colour.
+    """
+    if len(old.seconds) < config.judge_min_requests:
+        return _GIVEN_UP_SECONDS
+    usual = quantile(old.seconds, 0.99)
+    return max(_GIVEN_UP_LEAST_SECONDS, min(_GIVEN_UP_RATIO * usual, max(_GIVEN_UP_SECONDS, usual)))
+
+
+def errors(new: Window, old: Window, config: Config, least: int) -> Check:
+    """Judge the share of failed requests against the other colour's of the same time, and against absolute limits.
+
+    Fewer than `least` requests say nothing. Where not one was answered well, it never passes.
     """
     if new.requests < least:
         return Check("errors", NO_DATA, f"{new.requests} requests of the {least} that say something")
@@ -75,18 +107,25 @@ def errors(new: Window, old: Window, config: Config, least: int) -> Check:
     # Where both fail, it is something that they share.
     if old.requests >= config.judge_min_requests:
         limit = max(limit, config.judge_max_error_ratio * old.error_share)
+    # A colour that hardly answers can't become live, whatever the other one does.
+    limit = min(limit, config.judge_error_ceiling)
     failed = _at_least(new.errors, new.requests) > limit
+    well = NO_DATA if new.errors == new.requests else PASS
+    gave_up = f", {new.given_up} of them because clients gave up" if new.given_up else ""
     return Check(
         "errors",
-        FAIL if failed else PASS,
-        f"{new.errors} of {new.requests} requests failed ({new.error_share:.1%}, at most {limit:.1%})",
+        FAIL if failed else well,
+        f"{new.errors} of {new.requests} requests failed{gave_up} ({new.error_share:.1%}, at most {limit:.1%})",
         new.error_share,
         limit,
     )
 
 
-def latencies(new: Window, old: Window, config: Config) -> list[Check]:
-    """Judge the answering times, by quantiles, against the other colour's for the same kind of traffic."""
+def latencies(new: Window, old: Window, config: Config, *, comparable: bool = True) -> list[Check]:
+    """Judge the answering times, by quantiles, against the other colour's for the same kind of traffic.
+
+    Where it isn't the same, they aren't `comparable`, and only the absolute limit holds.
+    """
     checks = []
     for percent in (50, 95, 99):
         name, share = f"p{percent}", percent / 100
@@ -100,7 +139,7 @@ def latencies(new: Window, old: Window, config: Config) -> list[Check]:
             continue
         value = quantile(new.seconds, share - _doubt(share, len(new.seconds))) * 1000
         limit = config.judge_max_p95_ms if percent == 95 else math.inf
-        if len(old.seconds) >= least:
+        if comparable and len(old.seconds) >= least:
             reference = quantile(old.seconds, share + _doubt(share, len(old.seconds))) * 1000
             limit = min(
                 limit,
@@ -109,7 +148,7 @@ def latencies(new: Window, old: Window, config: Config) -> list[Check]:
                     reference + config.judge_min_latency_difference_ms,
                 ),
             )
-        elif percent == 50:
+        elif comparable and percent == 50:
             checks.append(Check(name, NO_DATA, f"{len(old.seconds)} good answers of the other colour to compare with"))
             continue
         if math.isfinite(limit):

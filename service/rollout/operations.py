@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rollout import audit, bundles, host, plan, textfile
+from rollout import audit, bundles, host, plan, requestmark, textfile
 from rollout.bundles import Example
 from rollout.colour import HEALTHY, Colour
 from rollout.config import Config
@@ -49,7 +49,9 @@ class Engine:
         self.lock_wait = lock_wait
         self.routing = Routing(config.routing_dir, config.colours)
         self.releases = Releases(config.releases_dir, config.config_dir)
-        self.front_door = FrontDoor(config.front_door, config.request_timeout_seconds)
+        self.front_door = FrontDoor(
+            config.front_door, config.request_timeout_seconds, lambda: requestmark.of(config.runtime_dir)
+        )
         self.interrupts = Interrupts()
 
     def colour(self, name: str) -> Colour:
@@ -244,7 +246,7 @@ class Engine:
                 self.config,
                 self.routing,
                 self.releases,
-                plan.with_checks(self.config.rollout_file, self.config.rollout_report_file),
+                lambda: plan.with_checks(self.config.rollout_file, self.config.rollout_report_file),
             )
         except (OSError, ApplianceError) as error:
             progress(f"the metrics weren't written: {error}")

@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from rollout import host, plan
+from rollout import host, plan, requestmark
 from rollout.colour import HEALTHY
 from rollout.errors import ApplianceError, Failed, NotHealthy, Refused, UsageError, describe_os_error
 from rollout.operations import Engine, title_of
@@ -111,7 +111,7 @@ class Rollouts:
             first=state.number,
             before=state.number,
             state=state.number,
-            mark=f"appliance-{os.urandom(8).hex()}-",
+            mark=f"{requestmark.of(self.config.runtime_dir)}{os.urandom(4).hex()}-",
             who=self.engine.who,
             since=now(),
             steps=steps,

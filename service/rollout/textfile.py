@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import functools
+import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +21,70 @@ from rollout.routing import Routing, RoutingBroken, State
 
 _PHASES = (*plan.UNDER_WAY, plan.DONE, plan.ROLLED_BACK, plan.ABORTED, plan.SUPERSEDED)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_WAIT_SECONDS = 1.0
+_POLL_SECONDS = 0.01
 _Samples = Iterable[tuple[dict[str, str], float]]
 
 
-def write(path: Path, config: Config, routing: Routing, releases: Releases, rollout: dict[str, Any] | None) -> None:
+def write(
+    path: Path,
+    config: Config,
+    routing: Routing,
+    releases: Releases,
+    rollout: Callable[[], dict[str, Any] | None],
+) -> None:
     """Write all metrics in one step; nothing happens where there is no such directory.
 
-    `rollout` is the last rollout: its `phase`, and its `checks`, each with a `name` and a `verdict`. What can't be told
-    is left out. For the holder of the lock. Raises OSError.
+    `rollout` gives the last rollout: its `phase`, and its `checks`, each with a `name` and a `verdict`. What can't be
+    told is left out. Takes turns with other processes that write, whoever holds the lock. Raises OSError.
     """
     if not path.parent.is_dir():
         return
+    # All is read in one's turn: the last to write has seen what the others did.
+    with _turn(path.parent):
+        try:
+            state = routing.read()
+        except RoutingBroken:
+            state = None
+        families = (
+            *_of_routing(config, state, releases),
+            *_of_audit(config.audit_file, _stamp(config.audit_file)),
+            *_of_rollout(rollout() or {}),
+        )
+        files.replace(path, "".join(families).encode())
+
+
+@contextlib.contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """Be the only one who writes there. Raises OSError where somebody else takes too long: a rollback mustn't wait."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        state = routing.read()
-    except RoutingBroken:
-        state = None
-    families = (
-        *_of_routing(config, state, releases),
-        *_of_history(audit.read(config.audit_file)),
-        *_of_rollout(rollout or {}),
-    )
-    files.replace(path, "".join(families).encode())
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise OSError(errno.EBUSY, "another process holds it", str(directory)) from None
+                time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        about = path.stat()
+        return about.st_ino, about.st_size, about.st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _of_audit(path: Path, _stamp: tuple[int, ...] | None) -> tuple[str, ...]:
+    # The watch writes every few seconds, and the log is as long as the history of the host.
+    return tuple(_of_history(audit.read(path)))
 
 
 def _of_routing(config: Config, state: State | None, releases: Releases) -> Iterator[str]:

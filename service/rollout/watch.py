@@ -6,14 +6,16 @@ import json
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rollout import accesslog, bundles, files, host, judge, plan
+from rollout import accesslog, bundles, files, host, judge, plan, requestmark
 from rollout.accesslog import AccessLog
 from rollout.colour import HEALTHY, Colour, Health
 from rollout.config import Config
 from rollout.errors import ApplianceError, LockHeld
+from rollout.frontdoor import FrontDoor
 from rollout.interrupts import Interrupts
 from rollout.judge import FAIL, NO_DATA, PASS, Check, Window
 from rollout.operations import Engine
@@ -26,7 +28,12 @@ from rollout.unixhttp import ExchangeError, UnixConnection, exchange
 _TICK_SECONDS = 1.0
 _LOCK_SECONDS = 60.0
 _AGAIN_SECONDS = 10.0
-# So many failed requests of clients are looked at even where there are few requests altogether.
+# The metrics are never older, and at once as they are where a verdict changes.
+_METRICS_SECONDS = 15.0
+# Counts of the shadow's results that say how the colours compare.
+_COMPARED = ("agree", "differ", "error_idle")
+# So many failed requests of clients are looked at even where there are few requests altogether, and so many of our own
+# without an answer where the other colour answers them.
 _ENOUGH_ERRORS = 3
 # In a bake the times of clients are compared with those of another time, in which there was another load. So long they
 # condemn nobody, or for half of a shorter bake: bursts are over by then. Errors and health count from the first moment.
@@ -34,6 +41,11 @@ _SETTLING_SECONDS = 15.0
 # After a boot, or after what hit both colours, the new one may be ready later than the old one. For so long the errors
 # of its clients condemn it as little as its health does.
 _STARTING_SECONDS = 10.0
+# Our own requests to the new colour get so many times as long as the old one's slowest answer took, and at least this.
+_SYNTHETIC_RATIO = 5.0
+_SYNTHETIC_SECONDS = 2.0
+# Statuses of client errors that are no answer to the input: it took too long, or there were too many.
+_NOT_OF_THE_INPUT = (408, 429, 499)
 
 
 class _Later(Interrupts):
@@ -56,6 +68,8 @@ class Watch:
         self._stopped = threading.Event()
         self._present: Plan | None = None
         self._unswitched = False
+        self._shown: set[tuple[str, str]] | None = None
+        self._shown_at = 0.0
 
     def _engine(self, who: str | None = None, reason: str | None = None) -> Engine:
         engine = Engine(self.config, who or self.who, reason, lock_wait=_LOCK_SECONDS)
@@ -139,6 +153,7 @@ class Watch:
         checks = trial.look()
         verdict = judge.verdict_of(checks)
         self._report(present, trial, checks, verdict)
+        self._show(checks)
         if verdict == FAIL:
             trial.failures += 1
             failed = [check for check in checks if check.verdict == FAIL]
@@ -200,6 +215,13 @@ class Watch:
         except OSError as error:
             progress(f"no report: {tidy(error)}")
 
+    def _show(self, checks: list[Check]) -> None:
+        """Renew the metrics where a verdict is another one, or where they are old."""
+        verdicts = {(check.name, check.verdict) for check in checks}
+        if verdicts != self._shown or time.monotonic() >= self._shown_at + _METRICS_SECONDS:
+            self._shown, self._shown_at = verdicts, time.monotonic()
+            self._engine().write_metrics()
+
 
 class Trial:
     """What is known of the two colours during one rollout; times are monotonic seconds."""
@@ -210,12 +232,14 @@ class Trial:
         self._present = begun
         # Our own requests count for as long as a step may last: to a slow model there are few.
         longest = max(config.canary_step_seconds, config.bake_seconds) + config.judge_patience_seconds
-        self._log = AccessLog(config.access_log, begun.mark, max(config.judge_window_seconds, longest))
+        own = (begun.mark, requestmark.of(config.runtime_dir))
+        self._log = AccessLog(config.access_log, *own, max(config.judge_window_seconds, longest))
         self._source, self._target = self._engine.colour(begun.source), self._engine.colour(begun.target)
         # In a bake no client uses the old colour: what they got from it just before is the measure.
-        self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds)
+        self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
         self._restarts: int | None = None
-        self._compared = self._shadow_counts()
+        self._compared: deque[tuple[float, dict[str, float]]] = deque()
+        self._count_shadow()
         self._began = self._since = self._calm = time.monotonic()
         # It was ready when the rollout began, so that only a boot since then gives it the time to become so again.
         self._starting = begun.boot is None or begun.boot != host.boot()
@@ -255,6 +279,7 @@ class Trial:
         if health.verdict == NO_DATA:
             # What hit both colours says nothing about the new one.
             self._calm = time.monotonic()
+            self._compared.clear()
             return [health, self._errors_at_start()]
         since = max(self._since, self._calm, time.monotonic() - self.config.judge_window_seconds)
         baking = self._present.phase == plan.BAKE
@@ -263,6 +288,10 @@ class Trial:
         since_own = max(self._since, self._calm)
         own_new, own_old = (self._log.own(colour.name, since_own) for colour in (self._target, self._source))
         least = self.config.judge_min_requests
+        patience = judge.given_up_after(old if len(old.seconds) >= least else own_old, self.config)
+        new, old = new.with_given_up(patience), old.with_given_up(patience)
+        # These have waited for as long as they should.
+        own_new, own_old = own_new.with_given_up(0.0), own_old.with_given_up(0.0)
         enough = min(len(new.seconds), len(old.seconds)) >= least
         self._synthetic.wanted.clear() if enough else self._synthetic.wanted.set()
         # Our own requests must not hide what clients meet already.
@@ -271,8 +300,12 @@ class Trial:
         if _unwell(self._source, self._present.source_release)[0]:
             # That the old colour has died since excuses nothing.
             of_old = Window()
-        checks = [health, judge.errors(seen, of_old, self.config, _ENOUGH_ERRORS if met else least)]
-        times = judge.latencies(*((new, old) if enough else (own_new, own_old)), self.config)
+        hangs = own_new.given_up >= _ENOUGH_ERRORS and own_old.seconds and not own_old.given_up
+        checks = [health, judge.errors(seen, of_old, self.config, _ENOUGH_ERRORS if met or hangs else least)]
+        if enough:
+            times = judge.latencies(new, old, self.config)
+        else:
+            times = judge.latencies(own_new, own_old, self.config, comparable=self._synthetic.alike)
         if baking and enough and self.elapsed < min(_SETTLING_SECONDS, self.wanted_seconds / 2):
             times = [replace(check, verdict=NO_DATA) if check.verdict == FAIL else check for check in times]
         checks += times
@@ -311,21 +344,37 @@ class Trial:
         state = self._engine.routing.read()
         if state is None or not state.shadow:
             return None
-        if self._compared is None:
-            self._compared = self._shadow_counts()
-        counts = self._shadow_counts()
-        if counts is None or self._compared is None:
+        if not self._count_shadow():
             return Check("shadow", NO_DATA, "appliance-shadow.service doesn't answer")
-        if counts["started"] != self._compared["started"]:
-            self._compared = dict.fromkeys(counts, 0) | {"started": counts["started"]}
-        agree, differ = (int(counts[key] - self._compared[key]) for key in ("agree", "differ"))
-        return judge.shadow(agree, differ, self.config)
+        (_, first), (_, last) = self._compared[0], self._compared[-1]
+        return judge.shadow(*(int(last[key] - first[key]) for key in _COMPARED), self.config)
+
+    def _count_shadow(self) -> bool:
+        """Look at the counts, and forget what is older than the window, as far as the rest still says something."""
+        counts, at = self._shadow_counts(), time.monotonic()
+        if counts is None:
+            return False
+        seen = self._compared
+        if seen and counts["started"] != seen[-1][1]["started"]:
+            seen.clear()
+            seen.append((at, dict.fromkeys(counts, 0.0) | {"started": counts["started"]}))
+        # Of a time without any requests its beginning and its end are enough.
+        if len(seen) > 1 and seen[-2][1] == seen[-1][1] == counts:
+            seen.pop()
+        seen.append((at, counts))
+        while len(seen) > 2:
+            then, earlier = seen[1]
+            compared = sum(counts[key] - earlier[key] for key in _COMPARED)
+            if then > at - self.config.judge_window_seconds or compared < self.config.shadow_min_compared:
+                break
+            seen.popleft()
+        return True
 
     def _shadow_counts(self) -> dict[str, float] | None:
         connection = UnixConnection(self.config.shadow_socket, 1.0)
         try:
             raw = json.loads(exchange(connection, "GET", "/summary", timeout=1.0).body)
-            return {key: float(raw[key]) for key in ("agree", "differ", "started")}
+            return {key: float(raw[key]) for key in (*_COMPARED, "started")}
         except (ExchangeError, OSError, ValueError, TypeError, KeyError):
             return None
         finally:
@@ -344,18 +393,31 @@ def _unwell(colour: Colour, release: int | None) -> tuple[str | None, Health | N
 
 
 def _both(one: Window, other: Window) -> Window:
-    return Window(one.requests + other.requests, one.errors + other.errors, one.seconds + other.seconds)
+    return Window(
+        one.requests + other.requests,
+        one.errors + other.errors,
+        one.seconds + other.seconds,
+        given_up=one.given_up + other.given_up,
+    )
 
 
 class Synthetic:
-    """Requests of our own to both colours, from the new release's examples, while `wanted` is set."""
+    """Requests of our own to both colours while `wanted` is set: the new release's examples.
+
+    `alike` says whether both get the same ones: where the old colour doesn't understand the new release's, it gets its
+    own release's, and times say nothing.
+    """
 
     def __init__(self, config: Config, engine: Engine, present: Plan) -> None:
         self.wanted = threading.Event()
+        self.alike = True
         self._config = config
         self._engine = engine
         self._present = present
         self._stopped = threading.Event()
+        # Whether the old colour has been asked once, and the longest that it took to answer well, in seconds.
+        self._asked = threading.Event()
+        self._slowest: float | None = None
         if config.synthetic_per_second:
             for colour in (present.source, present.target):
                 threading.Thread(target=self._send, args=(colour,), daemon=True).start()
@@ -364,25 +426,52 @@ class Synthetic:
         """End both threads, each after the request that it is at."""
         self._stopped.set()
         self.wanted.set()
+        self._asked.set()
 
     def _send(self, colour: str) -> None:
-        number, examples = 0, []
+        number, examples = 0, {}
         pause = 1 / self._config.synthetic_per_second
         while not self._stopped.wait(pause):
             if not self.wanted.wait(1.0) or self._stopped.is_set():
                 continue
             try:
-                examples = examples or self._examples(colour)
-                state = self._engine.routing.read()
-                track = "live" if state is not None and state.live == colour else "idle"
+                # Each colour understands its own release's examples for sure.
+                of = self._present.target if self.alike else colour
+                if of not in examples:
+                    examples[of] = self._examples(of)
                 number += 1
-                body = json.dumps(examples[number % len(examples)].request).encode()
-                self._engine.front_door.send(body, f"{self._present.mark}{number}", track)
+                body = json.dumps(examples[of][number % len(examples[of])].request).encode()
+                self._ask(colour, body, f"{self._present.mark}{number}")
             except (ApplianceError, ExchangeError, OSError):
                 # What became of it stands in nginx's log, or there is no data.
                 continue
 
+    def _ask(self, colour: str, body: bytes, request_id: str) -> None:
+        state = self._engine.routing.read()
+        track = "live" if state is not None and state.live == colour else "idle"
+        seconds = self._config.request_timeout_seconds
+        if colour == self._present.source:
+            try:
+                began = time.monotonic()
+                status = FrontDoor(self._config.front_door, seconds).send(body, request_id, track).status
+                if status == 200:
+                    self._slowest = max(self._slowest or 0.0, time.monotonic() - began)
+            finally:
+                self._asked.set()
+            if self.alike and 400 <= status < 500 and status not in _NOT_OF_THE_INPUT:
+                self.alike = False
+                progress(
+                    f"{colour} answers an example of release {self._present.target_release} with {status}: each colour "
+                    f"gets its own release's, and their times aren't compared"
+                )
+            return
+        # A colour that hangs must be found before it has kept many waiting for so long.
+        self._asked.wait(seconds)
+        if self._slowest is not None:
+            longest = max(_SYNTHETIC_RATIO, self._config.judge_max_latency_ratio) * self._slowest
+            seconds = min(seconds, max(_SYNTHETIC_SECONDS, longest))
+        FrontDoor(self._config.front_door, seconds).send(body, request_id, track)
+
     def _examples(self, colour: str) -> list[bundles.Example]:
-        # Each colour understands its own release's examples for sure.
         release = self._engine.releases.get(self._engine.releases.placed(colour) or 0)
         return bundles.load_examples(Path(release.bundle), release.bundle_digest)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 
 CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "symlink", "unlink", "rmdir")
 DIED = 77
@@ -39,6 +41,80 @@ def in_child(function, die_at, before):
         status = 0
     finally:
         os._exit(status)
+
+
+def cuts(function, again):
+    """Yield for each cut in `function`, the last of which is at its end; `again` puts everything back before each.
+
+    Cuts are before each call that changes the file system, and in the midst of each write: between those nothing is
+    changed that another process could see.
+    """
+    for number in itertools.count(1):
+        again()
+        status = _until_cut(function, number)
+        assert status in (0, DIED), (number, status)
+        yield number
+        if status == 0:
+            return
+
+
+def _until_cut(function, number):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    moments = itertools.count(1)
+
+    def moment():
+        if next(moments) == number:
+            os._exit(DIED)
+
+    def wrap(name, real):
+        def call(*arguments, **options):
+            if _changes(name, arguments, options):
+                moment()
+            if name == "write" and len(arguments[1]) > 1 and next(moments) == number:
+                real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                os._exit(DIED)
+            return real(*arguments, **options)
+
+        return call
+
+    status = 1
+    try:
+        for name in CALLS:
+            setattr(os, name, wrap(name, getattr(os, name)))
+        function()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _changes(name, arguments, options):
+    if name == "open":
+        makes = arguments[1] & (os.O_CREAT | os.O_TRUNC)
+        return makes and (options.get("dir_fd") is not None or not os.path.lexists(arguments[0]))
+    return name not in ("fsync", "close")
+
+
+class Saved:
+    """What a box has on its disk, but for the bundles, which nothing changes."""
+
+    def __init__(self, box):
+        self._box, self._copy = box, box.root / "saved"
+        shutil.rmtree(self._copy, ignore_errors=True)
+        for directory in (box.state_dir, box.config_dir):
+            shutil.copytree(directory, self._copy / directory.name, symlinks=True, ignore=self._ignore)
+
+    def _ignore(self, directory, _names):
+        return ["bundles"] if directory == str(self._box.state_dir) else []
+
+    def put_back(self):
+        """Make the disk what it was."""
+        for directory in (self._box.state_dir, self._box.config_dir):
+            for path in directory.iterdir():
+                if path.name != "bundles":
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.copytree(self._copy / directory.name, directory, symlinks=True, dirs_exist_ok=True)
 
 
 def record(monkeypatch):

@@ -15,6 +15,7 @@ import http.server
 import itertools
 import json
 import os
+import select
 import socket
 import socketserver
 import subprocess
@@ -85,7 +86,10 @@ def serve(address, owner):
 
 
 class FakeColour:
-    """A running model container. `faults`: what is wrong with it."""
+    """A running model container. `faults`: what is wrong with it.
+
+    `in_progress` has what `/metrics` says about its requests at each look, and goes on with the last.
+    """
 
     def __init__(self, directory: Path, colour: str, env: dict[str, str], faults: set[str]):
         self.directory, self.colour, self.env, self.faults = directory, colour, env, faults
@@ -97,7 +101,7 @@ class FakeColour:
         self.workers = 2
         self.asked = 0
         self.looked_at = 0
-        self.in_progress = 0
+        self.in_progress = [0]
         self.servers = []
         for name in ["control.sock", *(f"worker-{i}.sock" for i in range(self.workers))]:
             path = directory / name
@@ -125,6 +129,10 @@ class FakeColour:
         if "slow" in self.faults and self.asked > 30:
             time.sleep(0.03)
         data = json.loads(body)["data"]
+        if "narrow" in self.faults and len(data) != 2:
+            return 422, {"error": "two numbers"}
+        if "by-length" in self.faults:
+            time.sleep(0.001 * len(data))
         return 200, {"output": round(sum(data) * self.factor, 6) + (1 if "wrong" in self.faults else 0)}
 
     def answer(self, handler, body):
@@ -139,7 +147,8 @@ class FakeColour:
                 return
             handler.send(200 if self.status in ("ready", "degraded") else 503, self.health())
         elif handler.path == "/metrics":
-            handler.send(200, f'model_requests_in_progress{{model="{self.name}"}} {self.in_progress}\n'.encode())
+            count = self.in_progress.pop(0) if len(self.in_progress) > 1 else self.in_progress[0]
+            handler.send(200, f'model_requests_in_progress{{model="{self.name}"}} {count}\n'.encode())
         else:
             handler.send(*self.predict(body), {"X-Model-Colour": self.colour})
 
@@ -219,6 +228,10 @@ class FakeFrontDoor:
         elif self.sheds and "before" not in handler.headers["X-Request-ID"]:
             status, named = self.sheds.pop(0)
             handler.send(status, {"error": "busy"}, {"X-Model-Colour": named})
+        elif "stuck" in running.faults and running.asked > 30:
+            # Until the client has gone.
+            select.select([handler.connection], [], [], 30)
+            handler.sent, handler.close_connection = 499, True
         else:
             handler.send(*running.predict(body), {"X-Model-Colour": colour})
 
@@ -235,8 +248,9 @@ class FakeHost:
         self.config_dir, self.runtime_dir = config_dir, runtime_dir
         self.images = {"appliance/model:1": "sha256:" + "1" * 64, "appliance/model:2": "sha256:" + "2" * 64}
         self.faults: dict[str, set[str]] = {}
-        """By bundle version: reject, crash, exit, hang, wrong, predict-500, refuse-start, stale, drip; and, from the
-        31st prediction on, some-500 (every fifth), slow (30 ms)."""
+        """By bundle version: reject, crash, exit, hang, wrong, predict-500, refuse-start, stale, drip, narrow (takes
+        two numbers), by-length (1 ms for each number); and, from the 31st prediction on, some-500 (every fifth), slow
+        (30 ms), stuck (never; through the front door only)."""
         self.running: dict[str, FakeColour] = {}
         self.units = {c: self._unit("inactive") for c in COLOURS}
         self.enabled: set[str] = set()
@@ -289,6 +303,14 @@ class FakeHost:
         with self._lock:
             self.calls.append(command)
             return self._do(command)
+
+    def ask_from_afar(self, command):
+        """As `_ask`, but from a forked process: what is started belongs to the first one."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._path)
+            connection.sendall(json.dumps(command).encode() + b"\n")
+            answer = json.loads(connection.makefile().readline())
+        return answer["rc"], answer["out"], answer["err"]
 
     def run(self, command, **options):
         """`subprocess.run` for the engine in the test's process: what the program does, without its interpreter.

@@ -33,7 +33,7 @@ def numbers(log, colour="green"):
 
 def test_only_what_is_written_from_now_on_counts(path):
     write(path, line())
-    log = AccessLog(path, "mine-", 60)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     write(path, line(), line("blue", 502, upstream="-"))
     log.read()
     assert numbers(log) == (1, 0, [0.02])
@@ -41,7 +41,7 @@ def test_only_what_is_written_from_now_on_counts(path):
 
 
 def test_colours_statuses_and_our_own_are_kept_apart(path):
-    log = AccessLog(path, "appliance-mine-", 60)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     write(
         path,
         line(),
@@ -49,16 +49,37 @@ def test_colours_statuses_and_our_own_are_kept_apart(path):
         line(status=404),
         line(status=499),
         line(method="GET"),
-        line(request_id="appliance-mine-7"),
+        line(request_id="appliance-word-7-1"),
     )
-    write(path, line(request_id="appliance-fresh-1"), "not json\n", "{}\n")
+    write(path, line(request_id="appliance-word-fresh-1"), "not json\n", "{}\n")
     log.read()
     assert numbers(log) == (3, 1, [0.02])
     assert log.own("green", 0).requests == 1
 
 
+@pytest.mark.parametrize("request_id", ["appliance-1", "appliance-fresh-1", "appliance-word", "xappliance-word-7-1"])
+def test_a_clients_id_hides_no_request(path, request_id):
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
+    write(path, line(status=500, request_id=request_id))
+    log.read()
+    assert numbers(log) == (1, 1, []) and log.own("green", 0).requests == 0
+    window = accesslog.before(path, "green", 60, "appliance-word-7-", "appliance-word-")
+    assert (window.requests, window.errors) == (1, 1)
+
+
+def test_who_went_away_is_kept_apart_with_the_time_waited(path):
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
+    gone = [line(status=499, upstream=str(seconds)) for seconds in (0.1, 2.0, 2.5)]
+    write(path, line(), *gone, line(status=499, upstream="-", seconds=3.0))
+    log.read()
+    for window in (log.clients("green", 0), accesslog.before(path, "green", 60)):
+        assert (window.requests, window.errors, window.gone) == (1, 0, [0.1, 2.0, 2.5, 3.0])
+        counted = window.with_given_up(2.5)
+        assert (counted.requests, counted.errors, counted.given_up, counted.seconds) == (3, 2, 2, [0.02])
+
+
 def test_a_line_that_is_half_written_counts_once(path):
-    log = AccessLog(path, "mine-", 60)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     whole = line()
     write(path, whole[:30])
     log.read()
@@ -70,7 +91,7 @@ def test_a_line_that_is_half_written_counts_once(path):
 
 @pytest.mark.parametrize("gap", [False, True], ids=["at once", "after a while"])
 def test_rotation_loses_nothing(path, gap):
-    log = AccessLog(path, "mine-", 60)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     write(path, line())
     log.read()
     write(path, line())
@@ -87,7 +108,7 @@ def test_rotation_loses_nothing(path, gap):
 
 
 def test_a_truncated_log_is_read_from_its_beginning(path):
-    log = AccessLog(path, "mine-", 60)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     write(path, line(), line())
     log.read()
     os.truncate(path, 0)
@@ -97,14 +118,14 @@ def test_a_truncated_log_is_read_from_its_beginning(path):
 
 
 def test_the_time_of_all_workers_that_were_tried_counts(path):
-    log = AccessLog(path, "mine-", 60)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     write(path, line(upstream="0.001, 0.004"))
     log.read()
     assert numbers(log)[2] == [pytest.approx(0.005)]
 
 
 def test_a_busy_second_keeps_a_fair_sample_of_times(path):
-    log = AccessLog(path, "mine-", 60)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
     write(path, *[line(upstream=f"{0.001 * (i % 10):.3f}") for i in range(5000)])
     log.read()
     requests, _, seconds = numbers(log)
@@ -113,7 +134,7 @@ def test_a_busy_second_keeps_a_fair_sample_of_times(path):
 
 
 def test_what_is_too_old_goes(path):
-    log = AccessLog(path, "mine-", 0)
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 0)
     write(path, line())
     log.read()
     log.read()
@@ -124,4 +145,6 @@ def test_before_looks_back_by_the_logs_own_time(path):
     write(path, line(ago=300), line(ago=1), line("blue", ago=1), line(status=500, ago=1))
     window = accesslog.before(path, "green", 60)
     assert (window.requests, window.errors, window.seconds) == (2, 1, [0.02])
+    write(path, line(request_id="appliance-word-fresh-1"), line(request_id="appliance-old-3"))
+    assert accesslog.before(path, "green", 60, "appliance-old-", "appliance-word-").requests == 2
     assert accesslog.before(path.with_suffix(".none"), "green", 60).requests == 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from power_cuts import DIED, in_child, record
-from rollout import plan
+from power_cuts import DIED, Saved, cuts, in_child, record
+from rollout import audit, plan
 from rollout.rollouts import Rollouts
 from rollout.routing import Routing, State
 
@@ -61,23 +61,89 @@ def test_everything_is_durable_before_it_is_named(tmp_path, monkeypatch):
     assert [step for step in log if step in steps][-len(steps) :] == steps
 
 
-def test_a_crash_at_any_call_of_a_whole_swap(box):
+def _check(box, lives):
+    """What must hold after a cut, whatever was under way."""
+    assert box.state.live in lives
+    status = box.run("status")
+    assert status.status == 0 and status.json["live"] == box.state.live, status.message
+    return _audit(box)
+
+
+def _audit(box):
+    """The entries of the audit log, of which a cut in the midst of a write may have torn one."""
+    lines = (box.state_dir / "audit.jsonl").read_text().splitlines()
+    entries = audit.read(box.state_dir / "audit.jsonl")
+    assert len(lines) - 1 <= len(entries) <= len(lines)
+    return entries
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "wanted"),
+    [
+        (["swap", "--to", "green"], "live", "green"),
+        (["split", "2"], "split", 2),
+        (["shadow", "3"], "shadow", 3),
+        (["maintenance", "on"], "maintenance", True),
+    ],
+    ids=["swap", "split", "shadow", "maintenance"],
+)
+def test_a_crash_at_any_call_of_a_command_is_made_up_for_by_the_next(box, command, flag, wanted):
+    box.configure(verify_requests=1)
     box.live_on_blue()
-    die_at, target = 0, "green"
-    while True:
-        # Every third call keeps the test short; the routing itself is tested at every call above.
-        die_at += 3
-        old = box.state
-        status = in_child(lambda t=target: box.engine().run("swap", lambda: box.engine().swap(t)), die_at, True)
-        present = box.state
-        assert present == old or (present.live, present.number) == (target, old.number + 1), die_at
-        assert box.run("swap", "--to", target).status == 0, die_at
-        assert box.state.live == target
-        target = "blue" if target == "green" else "green"
-        if status == 0:
-            assert die_at > 20
-            return
-        assert status == DIED
+    old, saved = box.state, Saved(box)
+    for number in cuts(lambda: box.run(*command), saved.put_back):
+        entries = _check(box, ("blue", "green"))
+        assert box.state == old or (box.state.number == old.number + 1 and getattr(box.state, flag) == wanted), number
+        assert box.run(*command).status == 0, number
+        assert getattr(box.state, flag) == wanted, number
+        assert len(_audit(box)) == len(entries) + 1 and _audit(box)[-1]["command"] == command[0], number
+    assert number > 15
+
+
+def test_a_crash_at_any_call_of_a_rollback_is_made_up_for_by_the_next(box):
+    box.configure(verify_requests=1)
+    box.live_on_blue()
+    assert box.run("swap").status == 0
+    saved, undone = Saved(box), []
+    for number in cuts(lambda: box.run("rollback"), saved.put_back):
+        _check(box, ("blue", "green"))
+        undone.append(box.state.live == "blue")
+        # Once more would be back again.
+        if not undone[-1]:
+            assert box.run("rollback").status == 0, number
+        assert (box.state.live, box.state.previous) == ("blue", "green"), number
+    # There is one instant at which it happens.
+    assert undone == sorted(undone) and {*undone} == {False, True} and number > 15
+
+
+def test_a_crash_at_any_call_of_a_deploy_leaves_production_alone_and_the_next_works(box, monkeypatch):
+    box.configure(verify_requests=1)
+    box.live_on_blue()
+    directory, before, saved = box.bundle("3.0.0", 0.25), box.snapshot(), Saved(box)
+
+    def again():
+        saved.put_back()
+        box.host.start("green")
+
+    def deploy():
+        box.host._ask = box.host.ask_from_afar
+        box.deploy("green", directory)
+
+    for number in cuts(deploy, again):
+        _check(box, ("blue",))
+        assert box.snapshot() == before and box.host.running["blue"].env["MODEL_RELEASE"] == "1", number
+        # What the unit would start with at the next boot is a whole release, too.
+        releases = box.engine().releases
+        assert releases.get(releases.placed("green")).version in ("2.0.0", "3.0.0"), number
+        answer = box.deploy("green", directory)
+        assert answer.status == 0, (number, answer.message)
+        running, placed = box.host.running["green"], box.engine().releases.placed("green")
+        assert (running.version, running.env["MODEL_RELEASE"]) == ("3.0.0", str(placed)), number
+        assert box.engine().releases.get(placed).version == "3.0.0" and placed in (3, 4), number
+        names = {path.name for path in (box.state_dir / "releases").iterdir()}
+        assert names == {str(one) for one in range(1, placed + 1)}, number
+        _audit(box)
+    assert number > 20
 
 
 def test_leftovers_are_removed(box):
@@ -128,20 +194,16 @@ def _abort(box):
     ids=["begin", "swap", "next step", "promote", "abort a canary", "abort a bake"],
 )
 def test_a_crash_at_any_call_of_a_rollout_is_settled(box, before, what):
+    box.configure(**ROLLOUT, verify_requests=1)
     box.live_on_blue()
-    box.configure(**ROLLOUT)
-    die_at = 0
-    while True:
-        # Every fifth call keeps the test short; the routing itself is tested at every call.
-        die_at += 5
-        for step in before:
-            assert step(box).ok
-        status = in_child(lambda: what(box), die_at, True)
-        assert status in (0, DIED)
+    for step in before:
+        assert step(box).ok
+    saved = Saved(box)
+    for number in cuts(lambda: what(box), saved.put_back):
+        _check(box, ("blue", "green"))
         settled = box.run("watch", "--settle")
-        assert settled.status == 0, (die_at, settled.message)
-        assert (box.state.live, box.state.split) == ("blue", 0), die_at
-        assert Rollouts(box.engine()).under_way() is None, die_at
-        if status == 0:
-            assert die_at > 20
-            return
+        assert settled.status == 0, (number, settled.message)
+        assert (box.state.live, box.state.split) == ("blue", 0), number
+        assert Rollouts(box.engine()).under_way() is None, number
+        _audit(box)
+    assert number > 15

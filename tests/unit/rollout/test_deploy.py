@@ -338,6 +338,59 @@ def test_a_signal_while_waiting_puts_the_earlier_release_back(box, number):
     assert box.deploy("blue", box.state_dir / "bundles/simplemodel/1.0.0").json["changed"] is False
 
 
+def test_a_deploy_that_is_killed_leaves_production_alone(box):
+    box.configure(ready_timeout_seconds=30)
+    box.live_on_blue()
+    before = box.snapshot()
+    box.host.faults["3.0.0"] = {"hang"}
+    directory = box.bundle("3.0.0")
+    process = box.popen("deploy", "green", "--bundle", directory, "--image", "appliance/model:1")
+    wait_for(lambda: (new := box.host.running.get("green")) and new.version == "3.0.0" and new.looked_at > 1)
+    process.kill()
+    process.communicate()
+    assert box.snapshot() == before and box.host.running["blue"].version == "1.0.0"
+    assert box.run("verify").status == 0 and box.run("status").json["colours"]["green"]["status"] == "starting"
+    del box.host.faults["3.0.0"]
+    answer = box.deploy("green", directory)
+    assert answer.status == 0 and answer.json["changed"], answer.message
+    assert (box.host.running["green"].version, box.host.running["green"].status) == ("3.0.0", "ready")
+    assert box.run("swap").status == 0
+
+
+def _releases(box):
+    return {int(path.name) for path in (box.state_dir / "releases").iterdir()}
+
+
+def test_a_deploy_prunes_what_nothing_needs(box):
+    box.configure(keep_releases=2)
+    box.live_on_blue()
+    assert box.run("swap").status == 0
+    for number in range(3, 7):
+        assert box.deploy("blue", box.bundle(f"{number}.0.0")).status == 0
+        # The live one, the one that a rollback would return to, and the last two, of which blue holds one.
+        assert _releases(box) == {1, 2, number - 1, number}
+    assert box.host.running["green"].version == "2.0.0" and box.run("verify").status == 0
+
+
+def test_a_prune_that_fails_doesnt_fail_the_deploy(box, monkeypatch):
+    box.configure(keep_releases=1)
+    box.live_on_blue()
+    real = os.rename
+
+    def fails(source, target):
+        if ".old-" in str(target) and "releases" in str(target):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    answer = box.deploy("green", box.bundle("3.0.0"))
+    assert answer.status == 0 and answer.json["changed"], answer.message
+    assert "nothing to remove" in answer.err and "releases/2: Input/output error" in answer.err
+    # Nor does docker, which knows of no image here.
+    assert "'docker image ls" in answer.err
+    assert _releases(box) == {1, 2, 3} and box.host.running["green"].version == "3.0.0"
+
+
 def test_modes_dont_depend_on_the_umask(box):
     earlier = os.umask(0o077)
     try:

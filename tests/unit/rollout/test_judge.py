@@ -29,10 +29,33 @@ def latency(new, old, config=CONFIG):
         (window(1000, 9), window(1000), PASS),
         (window(1000, 100), window(1000, 90), PASS),  # a fault that both share
         (window(1000, 100), window(20, 2), FAIL),  # too few of the other colour to excuse it
+        (window(500, 500), window(500, 250), FAIL),  # whatever the other does, a colour must answer
+        (window(1000, 600), window(1000, 600), FAIL),
+        (window(30, 15), window(1000, 400), PASS),
     ],
 )
 def test_errors(new, old, verdict):
     assert judge.errors(new, old, CONFIG, 30).verdict == verdict
+
+
+@pytest.mark.parametrize("count", [3, 5, 500])
+def test_without_one_good_answer_it_never_passes(count):
+    lenient = CONFIG._replace(judge_error_ceiling=1.0)
+    check = judge.errors(window(count, count), window(500, 250), lenient, 3)
+    assert check.verdict == NO_DATA and f"{count} of {count} requests failed" in check.text
+
+
+@pytest.mark.parametrize(("ms", "seconds"), [(1, 0.25), (100, 0.3), (1000, 3.0), (2000, 5.0), (4000, 5.0), (8000, 8.0)])
+def test_who_gives_up_has_waited_longer_than_nearly_all_others(ms, seconds):
+    assert judge.given_up_after(window(1000, ms=ms, spread=0), CONFIG) == pytest.approx(seconds)
+    assert judge.given_up_after(window(3, ms=ms), CONFIG) == 5.0
+
+
+def test_times_that_dont_compare_have_their_absolute_limit_only():
+    fast, slow, never = (window(200, ms=ms) for ms in (5, 500, 9000))
+    for new, verdicts in ((slow, {"p95": PASS}), (never, {"p95": FAIL}), (window(3), {"p50": NO_DATA})):
+        checks = judge.latencies(new, fast, CONFIG, comparable=False)
+        assert {check.name: check.verdict for check in checks} == verdicts
 
 
 def test_three_times_slower_fails_at_every_quantile():
@@ -67,10 +90,22 @@ def test_a_slow_tail_alone_fails():
 
 
 @pytest.mark.parametrize(
-    ("agree", "differ", "verdict"), [(99, 0, NO_DATA), (100, 0, PASS), (95, 5, PASS), (90, 10, FAIL)]
+    ("agree", "differ", "silent", "verdict"),
+    [
+        (99, 0, 0, NO_DATA),
+        (100, 0, 0, PASS),
+        (95, 5, 0, PASS),
+        (90, 10, 0, FAIL),
+        (0, 0, 100, FAIL),
+        (94, 0, 6, PASS),  # one of them is tolerated as an error, five as differing
+        (93, 0, 7, FAIL),
+        (93, 5, 1, NO_DATA),
+        (94, 5, 1, PASS),
+        (92, 5, 3, FAIL),
+    ],
 )
-def test_shadow(agree, differ, verdict):
-    assert judge.shadow(agree, differ, CONFIG).verdict == verdict
+def test_shadow(agree, differ, silent, verdict):
+    assert judge.shadow(agree, differ, silent, CONFIG).verdict == verdict
 
 
 def test_no_data_is_neither_pass_nor_fail():

@@ -253,6 +253,37 @@ def test_a_paused_canary_stays_and_is_judged(rollout):
     assert present(rollout).phase == plan.DONE
 
 
+def test_the_metrics_follow_the_verdicts_of_a_paused_canary(rollout, monkeypatch):
+    monkeypatch.setattr(watch, "_METRICS_SECONDS", 1000)
+    rollout.configure(judge_failures=100)
+    canary(rollout)
+    metrics = rollout.root / "appliance.prom"
+    rollout.run("pause")
+    thread = in_background(rollout)
+
+    def shows(verdict):
+        return f'appliance_verdict{{check="errors",verdict="{verdict}"}} 1.0' in metrics.read_text()
+
+    wait_for(lambda: shows("pass"))
+    rollout.door.faults.add("green")
+    wait_for(lambda: shows("fail"))
+    assert present(rollout).paused
+    assert rollout.run("abort").status == 0
+    thread.join(20)
+
+
+def test_the_metrics_are_never_old(rollout, monkeypatch):
+    monkeypatch.setattr(watch, "_METRICS_SECONDS", 0.1)
+    rollout.configure(synthetic_per_second=0)
+    canary(rollout)
+    rollout.run("pause")
+    thread = in_background(rollout)
+    file, seen = rollout.root / "appliance.prom", set()
+    wait_for(lambda: seen.add(file.stat().st_mtime_ns) or len(seen) > 5)
+    rollout.run("abort")
+    thread.join(20)
+
+
 def test_promote_ends_a_canary_and_then_its_bake(rollout):
     rollout.configure(bake_seconds=20, canary_step_seconds=20)
     canary(rollout)
@@ -354,7 +385,8 @@ def test_a_swap_by_hand_ends_the_bake_of_the_one_before(rollout):
     # What tells swap.yml that there is something to follow.
     assert rollout.run("swap").json["rollout"] == present(rollout).number
     thread = in_background(rollout)
-    assert rollout.run("swap").status == 0
+    # The watch takes a first look under the lock.
+    assert rollout.run("swap", "--lock-wait", "20").status == 0
     assert rollout.state.live == "blue" and present(rollout).target == "blue"
     rollout.run("promote")
     thread.join(10)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rollout import audit
+from rollout import audit, drain
 from rollout.bundles import difference
 from rollout.errors import Refused
 from rollout_stand_ins import wait_for
@@ -287,7 +287,7 @@ def test_a_swap_away_from_a_dead_colour_works(box):
 def test_a_swap_tells_what_the_old_colour_still_has_to_answer(box):
     box.configure(drain_seconds=0.1)
     box.live_on_blue()
-    box.host.running["blue"].in_progress = 2
+    box.host.running["blue"].in_progress = [2]
     answer = box.run("swap")
     assert answer.json["drained"]["left"] == 2 and "2 requests are still in progress on blue" in answer.message
     box.host.stop("green")
@@ -381,6 +381,75 @@ def test_a_rollback_to_a_degraded_colour_is_allowed(box):
     box.run("swap")
     box.host.running["blue"].status = "degraded"
     assert box.run("rollback").status == 0
+
+
+@pytest.fixture
+def three(box):
+    """Release 3 live on blue, release 2 idle on green; release 1 was on blue."""
+    box.live_on_blue()
+    assert box.run("swap").status == 0
+    assert box.deploy("blue", box.bundle("3.0.0", 0.25)).status == 0
+    assert box.run("swap").status == 0
+    return box
+
+
+def test_a_rollback_to_a_release_that_no_colour_holds_places_it_again(three):
+    answer = three.run("rollback", "--to", "1", "--reason", "as it was")
+    assert answer.status == 0, answer.message
+    assert (three.state.live, three.state.previous, three.state.previous_release) == ("green", "blue", 3)
+    running = three.host.running["green"]
+    assert (running.version, running.env["MODEL_RELEASE"], answer.json["release"]) == ("1.0.0", "4", 4)
+    first, again = (three.engine().releases.get(number) for number in (1, 4))
+    assert (again.bundle_digest, again.image_id) == (first.bundle_digest, first.image_id)
+    entry = three.audit()[-1]
+    assert (entry["command"], entry["outcome"], entry["reason"], entry["release"]) == (
+        "rollback",
+        "done",
+        "as it was",
+        4,
+    )
+    assert "release 4 already" in three.run("rollback", "--to", "4").message
+
+
+def test_a_rollback_to_the_idle_colours_release_only_switches(three):
+    answer = three.run("rollback", "--to", "2")
+    assert answer.status == 0 and (three.state.live, answer.json["release"]) == ("green", 2), answer.message
+    assert sorted(path.name for path in (three.state_dir / "releases").iterdir()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("number", "break_it", "words"),
+    [
+        (1, lambda b: b.host.images.clear(), "isn't on this host"),
+        (1, lambda b: b.host.faults.update({"1.0.0": {"hang"}}), "release 2 was put back and is ready"),
+        (1, lambda b: b.host.faults.update({"1.0.0": {"wrong"}}), "release 2 was put back and is ready"),
+        (2, lambda b: b.host.stop("green"), "green doesn't answer"),
+        (2, lambda b: b.host.images.clear(), "isn't on this host"),
+        (7, lambda b: None, "release 7 has no record"),
+    ],
+    ids=["image gone", "never ready", "other answers", "idle and down", "idle and image gone", "no such release"],
+)
+def test_a_rollback_to_a_release_that_isnt_well_changes_nothing(three, number, break_it, words):
+    before, env = three.snapshot(), (three.config_dir / "green.env").read_bytes()
+    break_it(three)
+    answer = three.run("rollback", "--to", number)
+    assert answer.status == 1 and words in answer.message, answer.message
+    assert three.snapshot() == before and (three.config_dir / "green.env").read_bytes() == env
+    assert three.host.running["blue"].version == "3.0.0"
+
+
+def test_a_swap_waits_for_what_the_old_colour_still_answers(box, monkeypatch):
+    monkeypatch.setattr(drain, "_POLL_SECONDS", 0.01)
+    box.live_on_blue()
+    box.host.running["blue"].in_progress = [3, 1, 0]
+    answer = box.run("swap")
+    assert (answer.status, answer.json["drained"]["left"]) == (0, 0) and "still in progress" not in answer.message
+    assert "blue: requests in progress: 3" in answer.err and box.host.running["blue"].in_progress == [0]
+    box.configure(drain_seconds=0.05)
+    box.host.running["green"].in_progress = [2]
+    answer = box.run("swap")
+    assert (answer.status, answer.json["drained"]["left"], box.state.live) == (0, 2, "blue")
+    assert "2 requests are still in progress on green after" in answer.message
 
 
 def test_a_failed_rollback_is_undone(box):
@@ -518,6 +587,36 @@ def test_a_killed_holder_frees_the_lock(box):
     first.communicate()
     box.door.slow = 0
     assert box.run("swap", "--to", "green").status == 0
+
+
+def test_unlock_of_what_a_dead_command_left(box):
+    box.live_on_blue()
+    box.door.slow = 5
+    first = box.popen("swap")
+    wait_for(lambda: (box.root / "lock").read_text().strip())
+    first.kill()
+    first.communicate()
+    box.door.slow = 0
+    assert json.loads((box.root / "lock").read_text())["pid"] == first.pid
+    answer = box.run("unlock")
+    assert answer.status == 0 and f"nobody holds the lock {box.root / 'lock'}" in answer.message
+    assert box.run("swap", "--to", "green").status == 0
+
+
+def test_unlock_ends_a_command_that_moves_only_with_force(box):
+    box.live_on_blue()
+    box.door.slow = 0.5
+    first = box.popen("swap", "--who", "carol")
+    wait_for(lambda: box.door.live() == "green")
+    answer = box.run("unlock")
+    assert answer.status == 4 and f"carol (pid {first.pid}) runs 'appliance swap'" in answer.message
+    assert "--force ends it now" in answer.message and first.poll() is None
+    answer = box.run("unlock", "--force")
+    assert answer.status == 0 and "ended with SIGTERM, so the lock is free" in answer.message
+    assert box.finish(first).status == 1 and box.state.live == "blue"
+    assert [(e["command"], e["outcome"]) for e in box.audit()[-2:]] == [("swap", "failed"), ("unlock", "done")]
+    box.door.slow = 0
+    assert box.run("swap").status == 0
 
 
 def test_a_lock_held_by_an_unknown_program(box):

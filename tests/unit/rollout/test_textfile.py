@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +18,7 @@ def out(tmp_path):
 def write(box, out, rollout=None):
     """What the file holds: the value by name and labels."""
     engine = box.engine()
-    textfile.write(out, engine.config, engine.routing, engine.releases, rollout)
+    textfile.write(out, engine.config, engine.routing, engine.releases, lambda: rollout)
     families = list(text_string_to_metric_families(out.read_text()))
     assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
     assert all(family.type == "counter" or not family.name.endswith("_total") for family in families)
@@ -123,5 +124,49 @@ def test_what_cant_be_told_is_left_out(box, out):
 
 def test_a_host_without_node_exporter(box, tmp_path):
     engine = box.engine()
-    textfile.write(tmp_path / "none/appliance.prom", engine.config, engine.routing, engine.releases, None)
+    textfile.write(tmp_path / "none/appliance.prom", engine.config, engine.routing, engine.releases, lambda: None)
     assert not (tmp_path / "none").exists()
+
+
+def test_writers_take_turns(box, out, monkeypatch):
+    monkeypatch.setattr(textfile, "_WAIT_SECONDS", 20)
+    engine, seen = box.engine(), []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def first():
+        inside.set()
+        assert go_on.wait(20)
+        seen.append("first")
+        return {"phase": "canary"}
+
+    def second():
+        seen.append("second")
+        return {"phase": "bake"}
+
+    threads = []
+    for rollout in (first, second):
+        arguments = (out, engine.config, engine.routing, engine.releases, rollout)
+        threads.append(threading.Thread(target=textfile.write, args=arguments, daemon=True))
+        threads[-1].start()
+        assert inside.wait(20)
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert seen == ["first", "second"]
+    assert 'appliance_rollout_phase{phase="bake"} 1.0' in out.read_text()
+
+
+def test_nobody_waits_long_for_a_turn(box, out, monkeypatch):
+    monkeypatch.setattr(textfile, "_WAIT_SECONDS", 0.05)
+    with textfile._turn(out.parent), pytest.raises(OSError, match="another process holds it"):
+        write(box, out)
+
+
+def test_the_history_is_read_again_only_where_it_has_grown(box, out, monkeypatch):
+    record(box, entry("swap", "blue", "green"))
+    write(box, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "read", None)
+        assert write(box, out)["appliance_switches_total", "swap"] == 1
+    record(box, entry("swap", "green", "blue"))
+    assert write(box, out)["appliance_switches_total", "swap"] == 2

@@ -1,0 +1,201 @@
+"""What a look of the watch finds: in the access log, in the shadow's counts, and with requests of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import closing
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+from rollout import config, plan, watch
+from rollout.judge import FAIL, NO_DATA, PASS
+from rollout.watch import Trial
+from rollout_stand_ins import serve, wait_for
+
+
+@pytest.fixture
+def canary(box):
+    """Release 2 on green beside release 1, which is live on blue; nobody but the test sends anything."""
+    box.configure(synthetic_per_second=0, canary_step_seconds=60, bake_seconds=60)
+    box.live_on_blue()
+    return box
+
+
+def begin(box, *more):
+    assert box.run("swap", "--strategy", "canary", "--detach", "--steps", "50,100", *more).status == 0
+    return closing(Trial(config.load(box.config), plan.read(box.state_dir / "rollout.json")))
+
+
+def write(box, colour, count, seconds=0.02, status=200):
+    about = {"time": datetime.now(UTC).isoformat(), "method": "POST", "request_id": "r", "routed": colour}
+    line = json.dumps({**about, "status": status, "request_seconds": seconds, "upstream_seconds": str(seconds)})
+    with box.door.access_log.open("a") as stream:
+        stream.write(f"{line}\n" * count)
+
+
+def look(trial):
+    return {check.name: check for check in trial.look()}
+
+
+@pytest.mark.parametrize(("served", "gave_up"), [(0, 3), (100, 10), (2000, 100)])
+def test_a_colour_on_which_clients_give_up_fails(canary, served, gave_up):
+    with begin(canary) as trial:
+        write(canary, "blue", 500)
+        write(canary, "green", served)
+        write(canary, "green", gave_up, seconds=2.0, status=499)
+        found = look(trial)["errors"]
+    assert found.verdict == FAIL and f"{gave_up} of them because clients gave up" in found.text, found
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_clients_that_change_their_mind_condemn_nobody(canary, share):
+    with begin(canary) as trial:
+        write(canary, "blue", 500)
+        write(canary, "green", 500)
+        write(canary, "green", int(500 * share), seconds=0.05, status=499)
+        write(canary, "green", int(500 * share), seconds=0.2, status=499)
+        assert look(trial)["errors"].verdict == PASS
+
+
+def test_clients_that_give_up_on_both_colours_condemn_nobody(canary):
+    with begin(canary) as trial:
+        for colour in ("blue", "green"):
+            write(canary, colour, 500)
+            write(canary, colour, 50, seconds=2.0, status=499)
+        assert look(trial)["errors"].verdict == PASS
+
+
+def test_to_wait_for_a_slow_model_isnt_to_give_up(canary):
+    with begin(canary) as trial:
+        for colour in ("blue", "green"):
+            write(canary, colour, 500, seconds=1.5)
+        write(canary, "green", 100, seconds=3.0, status=499)
+        assert look(trial)["errors"].verdict == PASS
+        write(canary, "green", 100, seconds=4.6, status=499)
+        assert look(trial)["errors"].verdict == FAIL
+
+
+def place(box, fault, data=(1.0, 2.0)):
+    """Release 3 on green, whose bundle has examples with this input."""
+    box.host.faults["3.0.0"] = {fault}
+    directory = box.bundle("3.0.0", 0.5)
+    examples = [{"request": {"data": list(data)}, "response": {"output": 0.5 * sum(data)}, "tolerance": 1e-4}] * 2
+    (directory / "examples.json").write_text(json.dumps({"examples": examples}))
+    box.seal(directory)
+    assert box.deploy("green", directory).status == 0
+
+
+def test_our_own_requests_find_a_colour_that_hangs_soon(canary, monkeypatch):
+    monkeypatch.setattr(watch, "_SYNTHETIC_SECONDS", 0.2)
+    place(canary, "stuck")
+    canary.configure(synthetic_per_second=100, request_timeout_seconds=30)
+    with begin(canary) as trial:
+        began = time.monotonic()
+        canary.host.running["green"].asked = 31
+        wait_for(lambda: look(trial)["errors"].verdict == FAIL)
+        assert time.monotonic() - began < 20
+        # It needn't be found by the number of requests that say something.
+        assert look(trial)["errors"].value > 0.9
+
+
+def own(trial, box, colour, count):
+    def enough():
+        trial.look()
+        return len(trial._log.own(colour, 0).seconds) >= count
+
+    wait_for(enough)
+
+
+def test_a_release_with_larger_examples_isnt_slower_for_that(canary):
+    for version in ("1.0.0", "3.0.0"):
+        canary.host.faults[version] = {"by-length"}
+    canary.host.start("blue")
+    place(canary, "by-length", [1.0] * 20)
+    canary.configure(synthetic_per_second=100)
+    with begin(canary) as trial:
+        for colour in ("blue", "green"):
+            own(trial, canary, colour, 40)
+        found = look(trial)
+    assert found["p50"].verdict == PASS and found["p50"].limit > 20, found["p50"]
+
+
+def test_where_the_old_release_refuses_the_examples_times_arent_compared(canary):
+    canary.host.faults["1.0.0"] = {"narrow"}
+    canary.host.start("blue")
+    place(canary, "by-length", [1.0] * 20)
+    canary.configure(synthetic_per_second=100)
+    with begin(canary) as trial:
+        for colour in ("blue", "green"):
+            own(trial, canary, colour, 40)
+        found = look(trial)
+    assert not trial._synthetic.alike
+    assert "p50" not in found and found["errors"].verdict == PASS
+    assert {check.verdict for check in found.values()} == {PASS}
+
+
+class Counts:
+    """The shadow's socket, and the clock of the watch."""
+
+    def __init__(self, box, monkeypatch):
+        self.agree = self.differ = self.error_idle = self.started = 0
+        self.now = time.monotonic()
+        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: self.now))
+        (box.runtime_dir / "shadow").mkdir()
+        self.server = serve(str(box.runtime_dir / "shadow/shadow.sock"), self)
+
+    def answer(self, handler, _body):
+        counts = {key: getattr(self, key) for key in ("agree", "differ", "error_idle", "started")}
+        handler.send(200, counts | {"shed": 0})
+
+
+@pytest.fixture
+def counts(canary, monkeypatch):
+    canary.configure(synthetic_per_second=0, shadow_min_compared=100, judge_window_seconds=60)
+    assert canary.run("shadow", "50").status == 0
+    counts = Counts(canary, monkeypatch)
+    yield counts
+    counts.server.shutdown()
+    counts.server.server_close()
+
+
+def pass_time(trial, counts, seconds, **more):
+    """So many seconds, with so many more counts in each; the last look's check."""
+    for _ in range(seconds):
+        counts.now += 1
+        for key, value in more.items():
+            setattr(counts, key, getattr(counts, key) + value)
+        found = look(trial)["shadow"]
+    return found
+
+
+def test_a_shadow_that_gets_no_answers_fails(canary, counts):
+    with begin(canary) as trial:
+        assert pass_time(trial, counts, 5, agree=30).verdict == PASS
+        found = pass_time(trial, counts, 5, error_idle=10)
+        assert found.verdict == FAIL and "50 not at all" in found.text
+
+
+def test_a_late_change_isnt_diluted_by_what_was_before(canary, counts):
+    with begin(canary) as trial:
+        assert pass_time(trial, counts, 300, agree=100).verdict == PASS
+        assert pass_time(trial, counts, 20, differ=100).verdict == FAIL
+        # Nor does it condemn for ever.
+        assert pass_time(trial, counts, 70, agree=100).verdict == PASS
+        assert len(trial._compared) < 70
+
+
+def test_few_comparisons_are_gathered_for_longer(canary, counts):
+    with begin(canary) as trial:
+        assert pass_time(trial, counts, 90, agree=1).verdict == NO_DATA
+        assert pass_time(trial, counts, 20, agree=1).verdict == PASS
+        assert pass_time(trial, counts, 1000).verdict == PASS
+        assert len(trial._compared) < 130
+
+
+def test_the_counts_of_a_daemon_that_started_afresh_begin_at_none(canary, counts):
+    with begin(canary) as trial:
+        pass_time(trial, counts, 5, agree=1000)
+        counts.agree, counts.started = 0, 1
+        assert pass_time(trial, counts, 2, differ=100).verdict == FAIL
