@@ -467,7 +467,7 @@ class Engine:
     ) -> Result:
         holds = title_of(placed) if placed else "its release"
         if same:
-            return Result(f"{name} is live and holds {holds} already", outcome="nothing", details=details)
+            return Result(f"{holds} is live already, on {name}: nothing to do", outcome="nothing", details=details)
         return Result(
             f"{name} is live and keeps {holds}; {title} isn't placed: swap to {self.config.other(name)} first, "
             f"then run this again",
