@@ -13,6 +13,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 
@@ -251,6 +252,23 @@ def test_what_is_live_otherwise_is_placed(site, answer):
     told, status = site.place(**LIVES)
     assert status == 0 and "green holds it" in told, told
     assert [call.split()[2] for call in site.calls("appliance")] == ["blue", "green"]
+
+
+def test_deploy_asks_where_the_live_colour_has_the_bundle():
+    [play] = yaml.safe_load((PROJECT / "playbooks/deploy.yml").read_text())
+    [block] = [task["block"] for task in play["tasks"] if "block" in task]
+    [given] = [task["vars"] for task in block if task["name"] == "Place the release"]
+    bundle = {"path": "/b/simplemodel/1.1.0"}
+    for live, held, wanted in (
+        ("blue", "/b/simplemodel/1.1.0", "blue"),
+        ("blue", "/b/simplemodel/1.0.0", ""),
+        ("blue", None, ""),
+        (None, "/b/simplemodel/1.1.0", ""),
+    ):
+        told = {"live": live, "colours": {"blue": {"bundle": held}}}
+        asked = jinja2.Template(given["rollout_live"]).render(deploy_told=told, rollout_bundle=bundle)
+        assert asked == wanted, (live, held)
+    assert given["rollout_given"] == "{{ deploy_given }}"
 
 
 def field(name, value):
