@@ -133,8 +133,9 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Callable[..., object]], None]]] =
     ),
     "swap": (
         "make the idle colour live",
-        "Checks the idle colour (health, release, image, examples), switches, and verifies through the front door on "
-        "fresh connections and on one that was open before. Where that fails, it switches back.",
+        "Checks the idle colour (health, release, image, examples, and by a load test where its release hasn't passed "
+        "it yet), switches, and verifies through the front door on fresh connections and on one that was open before. "
+        "Where that fails, it switches back.",
         _swap_arguments,
     ),
     "rollback": (
@@ -318,7 +319,7 @@ def _run(options: argparse.Namespace) -> Result:
         from rollout import requestlog
 
         return requestlog.find(config, options.request_id)
-    if name in ("deploy", "swap"):
+    if name in ("deploy", "swap", "split"):
         # They take long, and site.yml may put other modules in their place meanwhile.
         for late in ("drain", "gate", "judge"):
             importlib.import_module(f"rollout.{late}")
@@ -357,12 +358,14 @@ def _run(options: argparse.Namespace) -> Result:
     if name == "rollback":
         dry = options.dry_run
         return engine.run("rollback", lambda: rollouts.rollback(options.to, dry_run=dry), dry_run=dry)
+    if name == "split":
+        # It may begin with a load test, which a signal may end.
+        return engine.run("split", lambda: rollouts.split(options.percent))
     commands = {
         "pause": lambda: rollouts.order("pause"),
         "resume": lambda: rollouts.order("resume"),
         "promote": lambda: rollouts.order("promote"),
         "abort": rollouts.abort,
-        "split": lambda: rollouts.split(options.percent),
         "shadow": lambda: rollouts.shadow(options.percent),
         "maintenance": lambda: rollouts.maintenance(options.state == "on"),
     }

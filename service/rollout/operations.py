@@ -27,7 +27,16 @@ from rollout.errors import (
 from rollout.frontdoor import FrontDoor, Verification
 from rollout.interrupts import Interrupts
 from rollout.lock import exclusive
-from rollout.releases import IMAGE, Release, Releases, settings_digest
+from rollout.releases import (
+    GATE_DISABLED,
+    GATE_FAILED,
+    GATE_PASSED,
+    GATE_SKIPPED,
+    IMAGE,
+    Release,
+    Releases,
+    settings_digest,
+)
 from rollout.report import Result, history_lines, progress, status_table
 from rollout.routing import Routing, RoutingBroken, State
 from rollout.text import now
@@ -283,9 +292,13 @@ class Engine:
             if placed is not None and placed.settings_digest != settings_digest(settings):
                 title += f" with the changed settings in {self.releases.settings_path}"
             return self._deploy_on_live(name, placed, same, title, details)
-        if same and placed and self._is_well(colour, placed, examples):
-            return Result(f"{name} holds {title_of(placed)} already and is ready", outcome="nothing", details=details)
         present = plan.under_way(self.config.rollout_file, state)
+        ready = placed if same and placed and self._is_well(colour, placed, examples) else None
+        # Not under a share of users or as the way back: then it has been let through.
+        spare = state is not None and present is None and not state.split
+        owed = ready is not None and gated and spare and self.owes_gate(ready.number)
+        if ready and not owed and host.unit_enabled(colour.unit):
+            return Result(f"{name} holds {title_of(ready)} already and is ready", outcome="nothing", details=details)
         if present is not None:
             return Result(
                 f"{title} isn't placed: a rollout is under way, {present.describe()}; run this again when that is over "
@@ -300,6 +313,8 @@ class Engine:
                 outcome="nothing",
                 details=details | {"pending": True},
             )
+        if ready and owed:
+            return self._gate_placed(colour, ready, dry_run, details)
         if dry_run:
             number = self.releases.next_number()
             return Result(
@@ -333,10 +348,14 @@ class Engine:
             health = colour.restart_and_wait(release, self.config.ready_timeout_seconds, progress)
             colour.run_examples(examples, health)
             self._record_examples(release, examples)
-            # Where nobody is live yet, nobody could get worse answers than before.
+            # Where nobody is live yet, nobody could get worse answers than before, and /test/ leads nowhere.
             tested = gated and state is not None and self.config.gate.enabled
             if tested:
-                self._pass_gate(release)
+                self._pass_gate(colour, release)
+            elif not gated:
+                self.releases.set_gate(release.number, GATE_SKIPPED, self.who)
+            elif not self.config.gate.enabled:
+                self.releases.set_gate(release.number, GATE_DISABLED, self.who)
             if not host.unit_enabled(colour.unit):
                 host.enable_unit(colour.unit)
             self.interrupts.disarm()
@@ -368,12 +387,55 @@ class Engine:
         passed = Check("examples", PASS, f"{len(examples)} examples reproduce on each worker")
         self.releases.add_checks(release.number, "deploy", [asdict(passed)])
 
-    def _pass_gate(self, release: Release) -> None:
-        """Raise Refused where the load test of a release isn't passed."""
+    def owes_gate(self, number: int) -> bool:
+        """Whether a release must pass the load test before users get it.
+
+        Not where they have had it already: an earlier engine kept no verdicts, and the first release has none.
+        """
+        if not self.config.gate.enabled or self.releases.gate(number) == GATE_PASSED:
+            return False
+        return not self.routing.has_been_live(number)
+
+    def demand_gate(self, name: str) -> None:
+        """Load-test a colour that users are about to get, where that is owed. Raises ApplianceError, OSError.
+
+        The power may have failed during the deploy's own load test, or no colour was live then.
+        """
+        number = self.number_on(name)
+        if number is None or not self.owes_gate(number):
+            return
+        release, _ = self.check(name, ("ready",))
+        progress(f"{title_of(release)} hasn't passed the load test yet, which comes first")
+        try:
+            self._pass_gate(self.colour(name), release)
+        except Refused as fault:
+            raise Refused(f"{title_of(release)} doesn't go live: {fault.message}; production is as it was") from fault
+
+    def _gate_placed(self, colour: Colour, release: Release, dry_run: bool, details: dict[str, Any]) -> Result:
+        """What is left of a deploy whose release is in its place and well, and only lacks the load test."""
+        holds = f"{colour.name} holds {title_of(release)} already and is ready"
+        if dry_run:
+            return Result(f"{holds}; would put the load test on it, which it hasn't passed yet", details=details)
+        progress(f"{holds}, and hasn't passed the load test yet")
+        try:
+            self._pass_gate(colour, release)
+        except Refused as fault:
+            # What the colour held before was lost with the deploy that was broken off.
+            raise Refused(f"{holds}, but {fault.message}; it doesn't go live: deploy another", **details) from fault
+        # Nothing that serves has changed: for site.yml this is a run that changes nothing.
+        return Result(f"{holds}; the load test is passed. 'appliance swap' makes it live", details=details)
+
+    def _pass_gate(self, colour: Colour, release: Release) -> None:
+        """Load-test a colour that isn't live, and record the verdict. Raises Refused where it isn't passed."""
         from rollout import gate
 
         outcome = gate.run(self.config, release, f"{self.config.front_door}/test/predict")
         self.releases.add_checks(release.number, "gate", outcome.criteria)
+        # A deploy that was broken off in its load test hasn't come to this; before the verdict, which ends it.
+        if outcome.passed and not host.unit_enabled(colour.unit):
+            host.enable_unit(colour.unit)
+        verdict = GATE_PASSED if outcome.passed else GATE_FAILED
+        self.releases.set_gate(release.number, verdict, self.who, outcome.reasons)
         if not outcome.passed:
             evaluation = self.config.releases_dir / str(release.number) / "load_test_evaluation.json"
             raise Refused(f"it doesn't pass the load test: {'; '.join(outcome.reasons)} ({evaluation})")
@@ -412,7 +474,7 @@ class Engine:
     ) -> Result:
         holds = title_of(placed) if placed else "its release"
         if same:
-            return Result(f"{name} is live and holds {holds} already", outcome="nothing", details=details)
+            return Result(f"{holds} is live already, on {name}: nothing to do", outcome="nothing", details=details)
         return Result(
             f"{name} is live and keeps {holds}; {title} isn't placed: swap to {self.config.other(name)} first, "
             f"then run this again",
@@ -432,7 +494,7 @@ class Engine:
     def _is_well(self, colour: Colour, placed: Release, examples: list[Example]) -> bool:
         try:
             colour.check(placed, examples, ("ready",))
-            return host.unit_enabled(colour.unit)
+            return True
         except Refused as fault:
             progress(f"{colour.name} holds {title_of(placed)} already, but: {fault.message}")
             return False
@@ -488,18 +550,22 @@ class Engine:
                 outcome="nothing",
                 details={"live": target, "state": state.number},
             )
+        if not dry_run:
+            self.demand_gate(target)
         release, examples = self.check(target, ("ready",))
         if dry_run:
-            return self.would_switch("swap", target, release, examples, state)
+            owed = self.owes_gate(release.number)
+            return self.would_switch("swap", target, release, examples, state, owed=owed)
         return self.switch("swap", target, release, examples, state)
 
     def would_switch(
-        self, command: str, target: str, release: Release, examples: list[Example], state: State
+        self, command: str, target: str, release: Release, examples: list[Example], state: State, *, owed: bool = False
     ) -> Result:
-        """What a dry run of a switch answers, once all checks have passed."""
+        """What a dry run of a switch answers, once all checks have passed; `owed`: but for the load test."""
         self.front_door.open_held(_request_body(examples), _patience(command)).close()
+        first = "put the load test on it, which it hasn't passed yet, and " if owed else ""
         return Result(
-            f"would make {target} live: {title_of(release)}, ready, {len(examples)} examples reproduce",
+            f"would {first}make {target} live: {title_of(release)}, ready, {len(examples)} examples reproduce",
             details={"live": state.live, "state": state.number, "release": release.number, "would_change": True},
         )
 

@@ -24,6 +24,7 @@ _NEW_BUNDLE_SECONDS = 3600
 # As long as the next delivery waits for one that came to no end: over a slow line, one may take hours.
 _INCOMING_SECONDS = 86400
 _DOCKER_SECONDS = 120.0
+_PROC = Path("/proc")
 _NUMBER = re.compile(r"[1-9][0-9]*")
 
 
@@ -83,6 +84,8 @@ def _prune_bundles(root: Path, left: list[Release], pruned: Pruned) -> None:
     used = {os.path.realpath(release.bundle) for release in left}
     for model in _directories(root, bundles.NAME):
         _clear(model.glob(".old-*"), pruned)
+        # A bundle that was found damaged and delivered again: a container that runs may have it mounted still.
+        _clear((path for path in model.glob(".damaged-*") if not _mounted(path)), pruned)
         _clear((path for path in model.glob(".incoming-*") if _age(path) > _INCOMING_SECONDS), pruned)
         for bundle in _directories(model, bundles.VERSION):
             if os.path.realpath(bundle) in used or _age(bundle) < _NEW_BUNDLE_SECONDS:
@@ -132,6 +135,21 @@ def _directories(parent: Path, names: re.Pattern[str]) -> list[Path]:
         return []
     found = [path for path in sorted(parent.iterdir()) if names.fullmatch(path.name)]
     return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _mounted(directory: Path) -> bool:
+    """Whether a process, such as a container's, has a directory mounted, by whatever name it got it."""
+    # The kernel tells a mount's source by its present name, from the root of its file system on.
+    name = f"/{directory.parent.name}/{directory.name}"
+    for table in _PROC.glob("[0-9]*/mountinfo"):
+        try:
+            lines = table.read_text(errors="replace").splitlines()
+        except OSError:
+            # It has just ended.
+            continue
+        if any(line.split(" ", 4)[3].endswith(name) for line in lines):
+            return True
+    return False
 
 
 def _age(path: Path) -> float:

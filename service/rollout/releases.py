@@ -15,6 +15,8 @@ from rollout.text import now
 
 IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}")
 _NUMBER = re.compile(r"[1-9][0-9]*")
+# What became of a release's load test. Only the first lets it go live while the gate is enabled.
+GATE_PASSED, GATE_FAILED, GATE_SKIPPED, GATE_DISABLED = "passed", "failed", "skipped", "disabled"
 
 
 class Release(NamedTuple):
@@ -74,6 +76,18 @@ class Releases:
             entries = []
         entries.append({"when": now(), "stage": stage, "checks": checks})
         files.replace(path, json.dumps({"checks": entries}, indent=1).encode() + b"\n")
+
+    def set_gate(self, number: int, verdict: str, who: str, reasons: list[str] | None = None) -> None:
+        """Record durably in `gate.json`, beside the record, what became of a release's gate. Raises OSError."""
+        about = {"verdict": verdict, "who": who, "when": now(), "reasons": reasons or []}
+        files.replace(self.directory / str(number) / "gate.json", json.dumps(about, indent=1).encode() + b"\n")
+
+    def gate(self, number: int) -> str | None:
+        """The verdict of `set_gate`; None where there is none that can be read, so that nothing is known."""
+        try:
+            return json.loads((self.directory / str(number) / "gate.json").read_bytes())["verdict"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def next_number(self) -> int:
         """The number that the next release gets. A number is never used twice while its record is kept."""

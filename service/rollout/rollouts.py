@@ -71,13 +71,17 @@ class Rollouts:
         target = self.engine.colour(to or self.config.other(state.live)).name
         if target == state.live:
             return Result(f"{target} is live already", outcome="nothing", details={"live": target})
+        if not dry_run:
+            self.engine.demand_gate(target)
         release, examples = self.engine.check(target, ("ready",))
         steps = steps or self.config.canary_steps
         fresh = self._plan(state, target, release.number, steps)
         if dry_run:
+            owed = self.engine.owes_gate(release.number)
+            first = "put the load test on it, which it hasn't passed yet, and " if owed else ""
             shares = ", ".join(f"{step} %" for step in steps)
             return Result(
-                f"would give {target} ({title_of(release)}) {shares} of users, "
+                f"would {first}give {target} ({title_of(release)}) {shares} of users, "
                 f"{self.config.canary_step_seconds:g} s each, and watch it for {self.config.bake_seconds:g} s after",
                 details={"live": state.live, "would_change": True},
             )
@@ -129,6 +133,7 @@ class Rollouts:
         target = self.engine.colour(to or self.config.other(state.live)).name
         if target == state.live:
             return self.engine.swap(to)
+        self.engine.demand_gate(target)
         return self.go_live("swap", self._plan(state, target, self.engine.number_on(target) or 0, ()), state)
 
     def _next_state(self) -> int:
@@ -157,6 +162,7 @@ class Rollouts:
 
     def go_live(self, command: str, present: Plan, state: State) -> Result:
         """Make the plan's target live. The plan is on record before, so that a crash in between leaves it watched."""
+        # Whoever began the plan has seen to the load test: it mustn't come between a canary's step and the next.
         release, examples = self.engine.check(present.target, ("ready",))
         watched = present._replace(phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
         self._write(watched)
@@ -388,7 +394,10 @@ class Rollouts:
 
     def split(self, percent: int) -> Result:
         """Give the idle colour a share of the users until it is changed; nobody watches."""
-        return self._change("split", split=_percentage(percent, 99))
+        state, share = self.routing.read(), _percentage(percent, 99)
+        if state is not None and share and share != state.split and not self.under_way():
+            self.engine.demand_gate(self.config.other(state.live))
+        return self.engine.whole(lambda: self._change("split", split=share))
 
     def shadow(self, percent: int) -> Result:
         """Have a share of requests copied, so that both colours' answers are compared."""

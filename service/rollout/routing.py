@@ -141,6 +141,23 @@ class Routing:
         files.fsync_directory(self.states)
         return state, self.point_to(state.number)
 
+    def has_been_live(self, release: int) -> bool:
+        """Whether a release has ever been live, as far as the states that are kept tell."""
+        present = self.read()
+        if present is None:
+            return False
+        if present.previous_release == release:
+            return True
+        # What comes after the present one was never pointed to: a crash left it.
+        for number in (n for n in self._numbers() if n <= present.number):
+            try:
+                raw = json.loads((self.states / str(number) / "state.json").read_bytes())
+                if raw["releases"][raw["live"]] == release:
+                    return True
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return False
+
     def next_number(self) -> int:
         """The number that the next state gets."""
         return max(self._numbers(), default=0) + 1

@@ -70,8 +70,30 @@ def test_an_archive_lands_on_the_idle_colour_once(playbook, engine, untouched, t
     assert "changed=0" in again.stdout, again.stdout[-3000:]
     assert engine("status")["colours"][untouched["idle"]]["release"] == placed["release"]
     # Delivered by the inventory: here the engine itself tells.
-    told = would_change(playbook, engine, SOURCE)
-    assert f"would place simplemodel 1.1.0 with the image {placed['image']} on" in told
+    live = untouched["colours"][untouched["live"]]["version"]
+    version = "1.0.0" if live == "1.1.0" else "1.1.0"
+    told = would_change(playbook, engine, SOURCE.with_name(version))
+    assert f"would place simplemodel {version} with the image {placed['image']} on" in told
+
+
+def test_what_is_live_already_leaves_the_way_back_alone(playbook, engine, untouched):
+    bundle = SOURCE.with_name(untouched["colours"][untouched["live"]]["version"])
+    for arguments in ([], ["--check"]):
+        told = playbook("deploy", "-e", f"bundle={bundle}", *arguments)
+        assert told.returncode == 0 and "changed=0" in told.stdout, told.stdout[-3000:]
+        assert "is live already" in told.stdout
+    assert engine("status")["colours"] == untouched["colours"]
+
+
+def test_what_is_damaged_on_the_host_is_delivered_again(host, playbook, engine, untouched, tmp_path):
+    bundle = changed_copy(tmp_path / "bundle", version="9.9.8")
+    assert playbook("deploy", "-e", f"bundle={bundle}").returncode == 0
+    delivered = "/var/lib/appliance/bundles/simplemodel/9.9.8"
+    host.check_output(f"truncate --size 0 {delivered}/weights.pth")
+    told = playbook("deploy", "-e", f"bundle={bundle}")
+    assert told.returncode == 0 and "is damaged on the host" in " ".join(told.stdout.split()), told.stdout[-3000:]
+    host.check_output(f"cd {delivered} && sha256sum --check --strict SHA256SUMS")
+    assert engine("status")["colours"][untouched["idle"]]["status"] == "ready"
 
 
 def test_a_truncated_archive(playbook, untouched, tmp_path):

@@ -16,9 +16,17 @@ import pytest
 SERVICE = Path(__file__).resolve().parents[3] / "service"
 sys.path[:0] = [str(SERVICE), str(Path(__file__).parent)]
 
-from rollout import cli  # noqa: E402
+from rollout import cli, gate  # noqa: E402
 from rollout.operations import Engine  # noqa: E402
 from rollout_stand_ins import COLOURS, FakeFrontDoor, FakeHost  # noqa: E402
+
+# `python3 -m rollout`, with the box's Locust.
+ENGINE = """
+import pathlib, sys
+from rollout import cli, gate
+gate.LOCUST = pathlib.Path(sys.argv.pop(1))
+cli.run()
+"""
 
 
 class Answer:
@@ -59,6 +67,7 @@ class Box:
         }
         self.configure()
         self.capsys = None
+        self.locust = root / "locust"
 
     def configure(self, **changes):
         self.settings.update(changes)
@@ -78,7 +87,16 @@ class Box:
     def popen(self, *arguments):
         """Start a command in a process of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "rollout", "--config", str(self.config), "--json", *map(str, arguments)],
+            [
+                sys.executable,
+                "-c",
+                ENGINE,
+                str(self.locust),
+                "--config",
+                str(self.config),
+                "--json",
+                *map(str, arguments),
+            ],
             env={**os.environ, "PYTHONPATH": str(SERVICE)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -157,6 +175,7 @@ def box(monkeypatch, capsys):
     # The engine's commands only: a test may run programs of its own.
     mine = lambda command: Path(command[0]).parent == box.host.programs  # noqa: E731
     monkeypatch.setattr(subprocess, "run", lambda c, **options: (box.host.run if mine(c) else run)(c, **options))
+    monkeypatch.setattr(gate, "LOCUST", box.locust)
     monkeypatch.setenv("SUDO_USER", "alice")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     yield box

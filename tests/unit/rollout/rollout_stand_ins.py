@@ -1,9 +1,9 @@
 """Stand-ins for systemd, docker, the model containers and nginx.
 
-`systemctl`, `docker` and `journalctl` are small programs on PATH that ask `FakeHost`, which lives in the test's
-process and serves docker's own socket, too. A started unit becomes a `FakeColour`, which serves HTTP on Unix sockets as
-the model container does. The `FakeFrontDoor` decides by the routing's flag files, afresh for every request, exactly as
-nginx does.
+`systemctl`, `systemd-run`, `docker` and `journalctl` are small programs on PATH that ask `FakeHost`, which lives in the
+test's process and serves docker's own socket, too. A started unit becomes a `FakeColour`, which serves HTTP on Unix
+sockets as the model container does. The `FakeFrontDoor` decides by the routing's flag files, afresh for every request,
+exactly as nginx does.
 """
 
 from __future__ import annotations
@@ -36,6 +36,21 @@ sys.stdout.write(answer["out"])
 sys.stderr.write(answer["err"])
 sys.exit(answer["rc"])
 """
+
+# What a load test comes to that is good enough.
+MEASURED = {
+    "locust": "2.0",
+    "start": "2026-01-31T12:00:00Z",
+    "end": "2026-01-31T12:00:10Z",
+    "duration_seconds": 10.0,
+    "requests": 400,
+    "failures": 0,
+    "errors": {},
+    "p50_ms": 5.0,
+    "p95_ms": 20.0,
+    "p99_ms": 30.5,
+    "max_ms": 90.0,
+}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -184,10 +199,10 @@ class FakeFrontDoor:
                 return colour
         return None
 
-    def routed(self, headers):
+    def routed(self, path, headers):
         """The colour for a request, as the edge decides."""
         live = self.live()
-        track = headers["X-Model-Track"]
+        track = "idle" if path.startswith("/test/") else headers["X-Model-Track"]
         if track is None:
             bucket = next(self._serial) * 37 % 100
             track = "idle" if os.path.isfile(self.routing / "current/split" / str(bucket)) else "live"
@@ -209,7 +224,7 @@ class FakeFrontDoor:
             stream.write(json.dumps(line) + "\n")
 
     def _answer(self, handler, body):
-        colour = handler.routed = self.routed(handler.headers)
+        colour = handler.routed = self.routed(handler.path, handler.headers)
         if "sticky" in self.faults:
             colour = handler.__dict__.setdefault("first_colour", colour)
         # Not its id(): that of a connection that has ended may be used again.
@@ -259,12 +274,14 @@ class FakeHost:
         self.calls: list[list[str]] = []
         self.docker_fault: tuple[int, object] | None = None
         """What docker's daemon answers instead: a status, and what its body holds."""
+        self.load: subprocess.Popen | None = None
+        """The load test that runs."""
         self._starts = 0
         self._path = str(root / "host.sock")
         self._lock = threading.Lock()
         programs = root / "bin"
         programs.mkdir()
-        for name in ("systemctl", "docker", "journalctl"):
+        for name in ("systemctl", "systemd-run", "docker", "journalctl"):
             (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, path=self._path))
             (programs / name).chmod(0o755)
         self.programs = programs
@@ -291,15 +308,21 @@ class FakeHost:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection, contextlib.suppress(OSError):
-                line = connection.makefile().readline()
-                # Nothing, where a signal has ended the program before it could ask.
-                if not line:
-                    continue
-                rc, out, err = self._ask(json.loads(line))
-                connection.sendall(json.dumps({"rc": rc, "out": out, "err": err}).encode() + b"\n")
+            # Each by itself: a load test is under way for long, and others are asked meanwhile.
+            threading.Thread(target=self._serve_one, args=(connection,), daemon=True).start()
+
+    def _serve_one(self, connection):
+        with connection, contextlib.suppress(OSError):
+            line = connection.makefile().readline()
+            # Nothing, where a signal has ended the program before it could ask.
+            if not line:
+                return
+            rc, out, err = self._ask(json.loads(line))
+            connection.sendall(json.dumps({"rc": rc, "out": out, "err": err}).encode() + b"\n")
 
     def _ask(self, command):
+        if command[0] == "systemd-run":
+            return self._run_load(command)
         with self._lock:
             self.calls.append(command)
             return self._do(command)
@@ -311,6 +334,20 @@ class FakeHost:
             connection.sendall(json.dumps(command).encode() + b"\n")
             answer = json.loads(connection.makefile().readline())
         return answer["rc"], answer["out"], answer["err"]
+
+    def _run_load(self, command):
+        self.calls.append(command)
+        options = command[: command.index("--")]
+        environment = dict(o.removeprefix("--setenv=").split("=", 1) for o in options if o.startswith("--setenv="))
+        self.load = subprocess.Popen(
+            command[len(options) + 1 :],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        out, err = self.load.communicate()
+        return self.load.returncode, out, err
 
     def run(self, command, **options):
         """`subprocess.run` for the engine in the test's process: what the program does, without its interpreter.
@@ -330,6 +367,10 @@ class FakeHost:
             return 0, self.journal.get(colour, ""), ""
         if command[1] == "start":
             return self.start_watch
+        if command[1:] == ["stop", "appliance-loadtest.service"]:
+            if self.load:
+                self.load.kill()
+            return 0, "", ""
         verb, colour = command[1], command[-1].partition("@")[2].partition(".")[0]
         if verb == "show":
             return 0, "".join(f"{k}={v}\n" for k, v in self.units[colour].items()), ""
@@ -387,6 +428,8 @@ class FakeHost:
         self.units[colour] = self._unit("inactive")
 
     def close(self):
+        if self.load:
+            self.load.kill()
         self._listener.close()
         self.docker.shutdown()
         self.docker.server_close()

@@ -135,6 +135,7 @@ def test_on_the_live_colour_a_difference_is_pending(box):
     assert len([c for c in box.host.calls if "restart" in c]) == calls
     same = box.deploy("blue", box.state_dir / "bundles/simplemodel/1.0.0")
     assert (same.status, same.json["changed"], same.json["pending"]) == (0, False, False)
+    assert same.message == "simplemodel 1.0.0, release 1 is live already, on blue: nothing to do"
 
 
 def test_dry_run_changes_nothing(box):

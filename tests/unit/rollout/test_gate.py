@@ -21,7 +21,7 @@ from rollout.errors import Failed, Interrupted, Refused, UsageError
 from rollout.gatesettings import Gate
 from rollout.interrupts import Interrupts
 from rollout.releases import Release
-from rollout_stand_ins import serve, wait_for
+from rollout_stand_ins import MEASURED, serve, wait_for
 
 SYSTEMD_RUN = """#!/bin/sh
 printf '%s\\n' systemd-run "$@" >>{root}/calls
@@ -41,19 +41,6 @@ SYSTEMCTL = """#!/bin/sh
 echo "systemctl $*" >>{root}/calls
 [ ! -e {root}/pid ] || kill -9 $(cat {root}/pid)
 """
-MEASURED = {
-    "locust": "2.0",
-    "start": "2026-01-31T12:00:00Z",
-    "end": "2026-01-31T12:00:10Z",
-    "duration_seconds": 10.0,
-    "requests": 400,
-    "failures": 0,
-    "errors": {},
-    "p50_ms": 5.0,
-    "p95_ms": 20.0,
-    "p99_ms": 30.5,
-    "max_ms": 90.0,
-}
 NAMES = ["context.json", "load_test_evaluation.json", "load_test_report.json", "serve_image_spec.json"]
 LIMITS = Gate(
     users=5,

@@ -241,3 +241,20 @@ def test_a_directory_that_cant_be_removed_is_named_and_stops_nothing(world, monk
     pruned = world.prune(keep=1)
     assert (pruned.releases, world.numbers, world.versions) == ([2], {1, 3}, {"1.0.0", "3.0.0"})
     assert "releases/1: Read-only file system" in pruned.problems[0]
+
+
+def test_a_damaged_bundle_goes_once_no_container_has_it_mounted(world, tmp_path, monkeypatch):
+    world.release()
+    damaged = world.box.state_dir / "bundles/simplemodel/.damaged-x"
+    damaged.mkdir()
+    proc = tmp_path / "proc/77"
+    proc.mkdir(parents=True)
+    (tmp_path / "proc/78").mkdir()
+    monkeypatch.setattr(prune, "_PROC", tmp_path / "proc")
+    row = "612 589 8:1 /var/appliance/bundles/simplemodel/{} /bundle ro,relatime - ext4 /dev/sda1 rw\n"
+    (proc / "mountinfo").write_text("22 27 0:21 / /proc rw - proc proc rw\n" + row.format(".damaged-x"))
+    world.prune()
+    assert damaged.exists()
+    (proc / "mountinfo").write_text(row.format("1.0.0"))
+    world.prune()
+    assert not damaged.exists() and world.versions == {"1.0.0"}

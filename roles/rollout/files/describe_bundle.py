@@ -1,0 +1,63 @@
+"""Print the name, version and digest of the bundle in a directory as JSON, or say what is wrong: check.yml calls it.
+
+Exit status 1, and one line on standard error that names the file and the field, where they can't be told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+# Both become a path on the host.
+FIELDS = {
+    "name": (r"[a-z][a-z0-9-]{0,62}", "small letters, digits and hyphens, beginning with a letter"),
+    "version": (
+        r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}",
+        "letters, digits, dots, plus signs and hyphens, in quotes where it looks like a number",
+    ),
+}
+
+
+def describe(directory: Path) -> dict[str, str]:
+    """The bundle's name, version, and the SHA-256 of its SHA256SUMS. Raises ValueError with a whole sentence."""
+    manifest, sums = directory / "manifest.yaml", directory / "SHA256SUMS"
+    try:
+        fields = yaml.safe_load(_read(manifest, "a bundle has its manifest there: docs/ml-engineers.md"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{manifest} isn't valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{manifest} must hold fields such as 'name: simplemodel', not {json.dumps(fields)[:100]}")
+    found = {}
+    for field, (pattern, words) in FIELDS.items():
+        if fields.get(field) is None:
+            raise ValueError(f"{manifest}: {field} is missing: it must be {words}")
+        value = fields[field]
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"{manifest}: {field} must be {words}; it is {json.dumps(value, default=str)[:100]}")
+        found[field] = value
+    text = _read(sums, "`bundle_tool sums` writes it, `bundle_tool check` looks whether all is well")
+    return found | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _read(path: Path, advice: str) -> str:
+    try:
+        # Not read_text(): the digest is of the bytes as they are.
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {advice}") from None
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} isn't text in UTF-8: {advice}") from None
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(describe(Path(sys.argv[1]))))
+    except ValueError as fault:
+        sys.exit(str(fault))

@@ -1,0 +1,320 @@
+"""How a bundle gets from the controller to the host, and what of it reaches the engine: the role's own tasks, run here.
+
+`appliance`, `sync` and `mv` are stand-ins on PATH that write down how they were called: the first answers as the test
+wants, the last does it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+SOURCE = PROJECT / "bundles/simplemodel/1.1.0"
+ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
+CALLED = """#!/bin/sh
+printf '%s' "${{0##*/}}" >>{root}/calls
+printf ' %s' "$@" >>{root}/calls
+echo >>{root}/calls
+"""
+APPLIANCE = """case "$*" in *--dry-run*) cat {root}/dry.json ;; *) cat {root}/done.json ;; esac
+"""
+PLACED = {"ok": True, "changed": True, "pending": False, "colour": "green", "message": "green holds it"}
+WOULD = {"ok": True, "changed": False, "pending": False, "would_change": True, "message": "would place it"}
+IS_LIVE = {
+    "ok": True,
+    "changed": False,
+    "pending": False,
+    "message": "simplemodel 1.1.0 is live already: nothing to do",
+}
+LIVES = {"rollout_live": "blue"}
+
+pytestmark = [
+    pytest.mark.skipif(not ANSIBLE.exists(), reason="needs Ansible"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="a host's files belong to root"),
+]
+
+
+def seal(directory):
+    files = sorted(path for path in directory.iterdir() if path.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (directory / "SHA256SUMS").write_text("".join(lines))
+
+
+class Site:
+    """A controller and its host, both here."""
+
+    def __init__(self, root):
+        self.root, self.state = root, root / "state"
+        self.bundles = self.state / "bundles"
+        self.bundles.mkdir(parents=True)
+        self.delivered = self.bundles / "simplemodel/1.1.0"
+        self.source = root / "work/1.1.0"
+        shutil.copytree(SOURCE, self.source)
+        self.bin = root / "bin"
+        self.bin.mkdir()
+        move = f'exec {shutil.which("mv")} "$@"\n'
+        for name, text in {"appliance": APPLIANCE, "mv": move, "sync": "", "docker": "exit 1\n"}.items():
+            (self.bin / name).write_text((CALLED + text).format(root=root))
+            (self.bin / name).chmod(0o755)
+        self.answers()
+
+    def answers(self, dry=WOULD, done=PLACED):
+        (self.root / "dry.json").write_text(json.dumps(dry) + "\n")
+        (self.root / "done.json").write_text(json.dumps(done) + "\n")
+
+    def play(self, *tasks, check=False, **variables):
+        """The output of Ansible, in one line, and its exit status."""
+        host = {"ansible_connection": "local", "ansible_become": False, "ansible_python_interpreter": sys.executable}
+        host |= {"rollout_state_dir": str(self.state), "rollout_image": "appliance/model:1"}
+        (self.root / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": {"here": host | variables}}}))
+        play = [{"hosts": "all", "gather_facts": False, "tasks": list(tasks)}]
+        (self.root / "play.yml").write_text(yaml.safe_dump(play))
+        (self.root / "calls").write_text("")
+        answer = subprocess.run(
+            [ANSIBLE, "-i", self.root / "hosts.yml", self.root / "play.yml", *(["--check"] if check else [])],
+            cwd=self.root,
+            env={
+                "PATH": f"{self.bin}:{ANSIBLE.parent}:/usr/bin:/bin",
+                "HOME": str(self.root),
+                "PWD": str(self.root),
+                "USER": "carol",
+                "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+                "LC_ALL": "C.UTF-8",
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return " ".join((answer.stdout + answer.stderr).split()), answer.returncode
+
+    def place(self, check=False, **variables):
+        task = {"name": "rollout", "tasks_from": "place_one.yml"}
+        variables = {"rollout_source": str(self.source), "rollout_colour": "green"} | variables
+        return self.play({"ansible.builtin.include_role": task, "vars": variables}, check=check)
+
+    def find(self, bundle):
+        """What find_bundle.yml makes of `bundle`, handed on to the role as deploy.yml does it."""
+        tasks = [
+            {"ansible.builtin.import_tasks": str(PROJECT / "playbooks/tasks/find_bundle.yml")},
+            {
+                "ansible.builtin.include_role": {"name": "rollout", "tasks_from": "place_one.yml"},
+                "vars": {
+                    "rollout_source": "{{ deploy_directory }}",
+                    "rollout_given": "{{ deploy_given }}",
+                    "rollout_colour": "green",
+                },
+            },
+        ]
+        return self.play(*tasks, bundle=str(bundle))
+
+    def calls(self, *programs):
+        lines = (self.root / "calls").read_text().splitlines()
+        return [line for line in lines if line.split(" ")[0] in programs]
+
+    def check_delivered(self, directory):
+        names = sorted(path.name for path in SOURCE.iterdir() if path.is_file())
+        assert sorted(path.name for path in directory.iterdir()) == names
+        assert all((directory / name).read_bytes() == (SOURCE / name).read_bytes() for name in names)
+        assert directory.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.fixture
+def site(tmp_path):
+    # The checkout may hold more than is in git.
+    return Site(tmp_path)
+
+
+def test_a_bundle_is_on_the_disk_before_its_name_is(site):
+    told, status = site.place()
+    assert status == 0, told
+    site.check_delivered(site.delivered)
+    calls = site.calls("sync", "mv")
+    [first, *_] = calls
+    incoming = first.split()[1]
+    assert "/simplemodel/.incoming-" in incoming
+    names = {f"{incoming}/{path.name}" for path in site.delivered.iterdir()}
+    assert first.split()[0] == "sync" and set(first.split()[1:]) == names | {incoming}
+    assert calls[1:] == [
+        f"mv --no-target-directory {incoming} {site.delivered}",
+        f"sync {site.delivered.parent} {site.bundles}",
+    ]
+    # The second time there is nothing to deliver.
+    told, status = site.place()
+    assert status == 0 and site.calls("sync", "mv") == [], told
+    assert [path.name for path in site.delivered.parent.iterdir()] == ["1.1.0"]
+
+
+def cut(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = {
+    "weights": lambda bundle: cut(bundle / "weights.pth"),
+    "a file that is gone": lambda bundle: (bundle / "model.py").unlink(),
+    "checksums": lambda bundle: cut(bundle / "SHA256SUMS"),
+    "a checksum": lambda bundle: (bundle / "SHA256SUMS").write_text((bundle / "SHA256SUMS").read_text()[1:]),
+    "no checksums": lambda bundle: (bundle / "SHA256SUMS").unlink(),
+    "a line less": lambda bundle: (bundle / "SHA256SUMS").write_text(
+        "".join((bundle / "SHA256SUMS").read_text().splitlines(keepends=True)[:-1])
+    ),
+}
+
+
+def look(directory):
+    """What delivered.yml finds there."""
+    [task] = yaml.safe_load((PROJECT / "roles/rollout/tasks/delivered.yml").read_text())
+    script = task["ansible.builtin.shell"]["cmd"].replace("{{ rollout_bundle.path | quote }}", f"'{directory}'")
+    return subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_seen(tmp_path, damage):
+    bundle = tmp_path / "bundle"
+    assert look(bundle).stdout == "missing\n"
+    shutil.copytree(SOURCE, bundle)
+    digest = hashlib.sha256((bundle / "SHA256SUMS").read_bytes()).hexdigest()
+    assert look(bundle).stdout.split() == ["whole", digest, "SHA256SUMS"]
+    DAMAGES[damage](bundle)
+    answer = look(bundle)
+    assert answer.stdout == "damaged\n" and answer.stderr.strip()
+
+
+def test_what_is_damaged_on_the_host_is_delivered_again(site):
+    shutil.copytree(SOURCE, site.delivered)
+    DAMAGES["weights"](site.delivered)
+    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in site.delivered.iterdir()}
+    told, status = site.place()
+    assert status == 0, told
+    assert f"{site.delivered} is damaged on the host" in told and "containers that run keep the files" in told
+    site.check_delivered(site.delivered)
+    # What a container has mounted is as it was, under another name.
+    [left] = [path for path in site.delivered.parent.iterdir() if path.name != "1.1.0"]
+    assert left.name.startswith(".damaged-")
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in left.iterdir()} == before
+
+
+def test_check_mode_says_what_is_damaged_and_leaves_it(site):
+    shutil.copytree(SOURCE, site.delivered)
+    cut(site.delivered / "weights.pth")
+    told, status = site.place(check=True)
+    assert status == 0 and "weights.pth: FAILED" in told and "would be delivered again" in told, told
+    assert "changed=0" not in told
+    assert (site.delivered / "weights.pth").read_bytes() == b"" and site.calls("mv", "appliance") == []
+
+
+def test_what_is_whole_with_other_content_stays(site):
+    shutil.copytree(SOURCE, site.delivered)
+    (site.delivered / "model.py").write_text("# other\n")
+    seal(site.delivered)
+    told, status = site.place()
+    assert status == 2 and "is on the host already, with other content" in told and "new version" in told, told
+    assert site.calls("mv", "appliance") == [] and (site.delivered / "model.py").read_text() == "# other\n"
+
+
+def test_an_archive_is_recorded_as_where_it_lies(site):
+    git = ["git", "-C", str(site.root / "work"), "-c", "user.name=x", "-c", "user.email=x@localhost"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    archive = site.root / "work/model.tar.gz"
+    with tarfile.open(archive, "w:gz") as made:
+        made.add(site.source, arcname="1.1.0")
+    told, status = site.find(archive)
+    assert status == 0, told
+    [call] = site.calls("appliance")
+    assert f":{archive} --revision {revision} --who carol" in call
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_what_is_live_already_isnt_placed_again(site, check):
+    shutil.copytree(SOURCE, site.delivered)
+    site.answers(dry=IS_LIVE)
+    told, status = site.place(check, **LIVES)
+    assert status == 0 and "simplemodel 1.1.0 is live already: nothing to do" in told, told
+    assert "changed=0" in told
+    [call] = site.calls("appliance")
+    assert call.startswith("appliance deploy blue ") and "--dry-run" in call
+
+
+@pytest.mark.parametrize("answer", [IS_LIVE | {"pending": True}, {}], ids=["other", "no answer"])
+def test_what_is_live_otherwise_is_placed(site, answer):
+    shutil.copytree(SOURCE, site.delivered)
+    site.answers(dry=answer)
+    told, status = site.place(**LIVES)
+    assert status == 0 and "green holds it" in told, told
+    assert [call.split()[2] for call in site.calls("appliance")] == ["blue", "green"]
+
+
+def test_deploy_asks_where_the_live_colour_has_the_bundle():
+    [play] = yaml.safe_load((PROJECT / "playbooks/deploy.yml").read_text())
+    [block] = [task["block"] for task in play["tasks"] if "block" in task]
+    [given] = [task["vars"] for task in block if task["name"] == "Place the release"]
+    bundle = {"path": "/b/simplemodel/1.1.0"}
+    for live, held, wanted in (
+        ("blue", "/b/simplemodel/1.1.0", "blue"),
+        ("blue", "/b/simplemodel/1.0.0", ""),
+        ("blue", None, ""),
+        (None, "/b/simplemodel/1.1.0", ""),
+    ):
+        told = {"live": live, "colours": {"blue": {"bundle": held}}}
+        asked = jinja2.Template(given["rollout_live"]).render(deploy_told=told, rollout_bundle=bundle)
+        assert asked == wanted, (live, held)
+    assert given["rollout_given"] == "{{ deploy_given }}"
+
+
+def field(name, value):
+    def change(bundle):
+        about = yaml.safe_load((bundle / "manifest.yaml").read_text())
+        about.pop(name)
+        (bundle / "manifest.yaml").write_text(yaml.safe_dump(about if value is None else about | {name: value}))
+
+    return change
+
+
+MISTAKES = {
+    "no name": (field("name", None), "{}/manifest.yaml: name is missing: it must be small letters"),
+    "no version": (field("version", None), "{}/manifest.yaml: version is missing: it must be letters"),
+    "a name of its own": (field("name", "../x"), "{}/manifest.yaml: name must be small letters"),
+    "a number": (field("version", 1.5), "{}/manifest.yaml: version must be letters, digits"),
+    "no YAML": (
+        lambda bundle: (bundle / "manifest.yaml").write_text("name: [a\n"),
+        "{}/manifest.yaml isn't valid YAML: while parsing",
+    ),
+    "no fields": (
+        lambda bundle: (bundle / "manifest.yaml").write_text("- a\n"),
+        "{}/manifest.yaml must hold fields",
+    ),
+    "no manifest": (lambda bundle: (bundle / "manifest.yaml").unlink(), "{}/manifest.yaml is missing"),
+    "no checksums": (lambda bundle: (bundle / "SHA256SUMS").unlink(), "{}/SHA256SUMS is missing: `bundle_tool sums`"),
+    "no text": (lambda bundle: (bundle / "SHA256SUMS").write_bytes(b"\xff"), "{}/SHA256SUMS isn't text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_bundle_is_named(tmp_path, mistake):
+    change, words = MISTAKES[mistake]
+    source = tmp_path / "bundle"
+    shutil.copytree(SOURCE, source)
+    change(source)
+    program = PROJECT / "roles/rollout/files/describe_bundle.py"
+    answer = subprocess.run([sys.executable, program, source], capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stdout) == (1, "") and words.format(source) in answer.stderr
+    assert answer.stderr.count("\n") == 1, "one line"
+
+
+def test_a_mistake_in_a_bundle_is_all_that_is_said(site):
+    change, words = MISTAKES["no YAML"]
+    change(site.source)
+    told, status = site.place()
+    assert status == 2 and words.format(site.source) in told, told
+    assert "emplat" not in told and "Traceback" not in told
+    assert site.calls("appliance") == [] and list(site.bundles.iterdir()) == []
