@@ -48,7 +48,7 @@ def broker(host, playbook):
     host.check_output("sh -c %s", f"echo {packed} | base64 -d >/run/mock_kafka.py")
     host.check_output(
         "systemd-run --quiet --collect --unit=mock-kafka --property=StandardOutput=truncate:/run/mock-kafka.address "
-        "sh -c 'sleep infinity | /opt/appliance/drift/bin/python /run/mock_kafka.py'"
+        "--property=StandardError=journal sh -c 'sleep infinity | /opt/appliance/drift/bin/python /run/mock_kafka.py'"
     )
     deadline = time.monotonic() + 60
     while not (address := host.file("/run/mock-kafka.address").content_string.strip()):
