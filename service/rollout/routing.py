@@ -5,6 +5,10 @@ instant, and after a power cut at any instant, `current` leads to a complete sta
 
 A share of traffic is a link in the state (`split`, `shadow`) to `shares/<percent>/`, which holds one empty file for
 each bucket that belongs to it: nginx puts a request into one of 100 buckets and looks whether that file is there.
+
+Each look costs nginx time. So a state without shadow and maintenance has two links more: `<live>-live`, to
+`shares/rest-<percent>/`, and with a split `<live>-idle`, to `shares/<percent>/`. A bucket's file below one of these
+says at one look which colour is live and which one serves.
 """
 
 from __future__ import annotations
@@ -88,11 +92,28 @@ class Routing:
         for flag, said in shares.items():
             if self._share_of(directory / flag) != said:
                 raise self._broken(f"leads to a link {flag} that isn't the {said} % of its state.json")
+        for flag, said in self._shortcuts(state).items():
+            # States of earlier versions have none.
+            if os.path.lexists(directory / flag) and (
+                said is None or not (directory / flag).is_dir() or os.readlink(directory / flag) != said
+            ):
+                raise self._broken(f"leads to a link {flag} that doesn't fit its state.json")
         if (directory / "maintenance").is_file() != state.maintenance:
             raise self._broken(
                 f"leads to a state.json that says maintenance {state.maintenance}, against its flag file"
             )
         return state
+
+    def _shortcuts(self, state: State) -> dict[str, str | None]:
+        """What the links that spare nginx further looks must lead to; None for those that mustn't be there."""
+        links: dict[str, str | None] = {
+            f"{colour}-{track}": None for colour in self._colours for track in ("live", "idle")
+        }
+        if not (state.shadow or state.maintenance):
+            links[f"{state.live}-live"] = f"../../shares/rest-{state.split}"
+            if state.split:
+                links[f"{state.live}-idle"] = f"../../shares/{state.split}"
+        return links
 
     @staticmethod
     def _share_of(link: Path) -> int | None:
@@ -121,7 +142,10 @@ class Routing:
         files.ensure_directory(self.states)
         self.clean()
         for percent in {state.split, state.shadow} - {0}:
-            self._ensure_share(percent)
+            self._ensure_share(str(percent), percent, range(percent))
+        shortcuts = self._shortcuts(state)
+        if shortcuts[f"{state.live}-live"]:
+            self._ensure_share(f"rest-{state.split}", state.split, range(state.split, 100))
         state = state._replace(number=self.next_number())
         temporary = self.states / f".new-{state.number}"
         try:
@@ -130,6 +154,9 @@ class Routing:
             for flag, percent in (("split", state.split), ("shadow", state.shadow)):
                 if percent:
                     os.symlink(f"../../shares/{percent}", temporary / flag)
+            for name, target in shortcuts.items():
+                if target:
+                    os.symlink(target, temporary / name)
             if state.maintenance:
                 files.write_new(temporary / "maintenance", b"")
             files.write_new(temporary / "state.json", json.dumps(state._asdict(), indent=1).encode() + b"\n")
@@ -173,20 +200,24 @@ class Routing:
         files.fsync_directory(self.directory)
         return moment
 
-    def _ensure_share(self, percent: int) -> None:
-        """Make `shares/<percent>/` with the buckets 0 to `percent` - 1, durable before anything links to it."""
-        if not 0 < percent <= 100:
-            raise ValueError(f"{percent} isn't a percentage from 1 to 100")
-        directory = self.shares / str(percent)
+    def _ensure_share(self, name: str, percent: int, buckets: range) -> None:
+        """Make `shares/<name>/` with these buckets, durable before anything links to it."""
+        if not 0 <= percent <= 100:
+            raise ValueError(f"{percent} isn't a percentage from 0 to 100")
+        directory = self.shares / name
         if directory.is_dir():
             return
         files.ensure_directory(self.shares)
-        temporary = self.shares / f".new-{percent}"
+        temporary = self.shares / f".new-{name}"
         files.remove_tree(temporary)
         try:
             files.make_directory(temporary)
-            for bucket in range(percent):
-                files.write_new(temporary / str(bucket), b"")
+            # One file under many names, so that there is but one to make durable.
+            for bucket in buckets:
+                if bucket == buckets.start:
+                    files.write_new(temporary / str(bucket), b"")
+                else:
+                    os.link(temporary / str(buckets.start), temporary / str(bucket))
             files.fsync_directory(temporary)
             os.rename(temporary, directory)
         except OSError:

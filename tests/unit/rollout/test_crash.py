@@ -33,6 +33,7 @@ def test_a_crash_at_any_call_leaves_the_old_or_the_new_state(tmp_path, before, f
         names = sorted(p.name for p in routing.states.iterdir())
         assert all(n.isdigit() for n in names) and sorted(p.name for p in routing.directory.iterdir()) == [
             "current",
+            "shares",
             "states",
         ]
         if status == 0:
@@ -156,7 +157,7 @@ def test_leftovers_are_removed(box):
     assert box.state.live == "blue"
     assert box.run("swap").json["state"] == 2
     assert sorted(p.name for p in (box.routing / "states").iterdir()) == ["1", "2"]
-    assert sorted(p.name for p in box.routing.iterdir()) == ["current", "states"]
+    assert sorted(p.name for p in box.routing.iterdir()) == ["current", "shares", "states"]
     assert box.state.live == "green"
 
 

@@ -35,7 +35,8 @@ def test_a_share_is_read_back_and_holds_its_buckets(routing, flag, percent):
     assert routing.read() == written
     assert getattr(written, flag) == percent
     assert buckets(routing.current / flag) == {str(bucket) for bucket in range(percent)}
-    assert buckets(routing.current) == {"blue", "state.json", flag}
+    shortcuts = {"blue-live", "blue-idle"} if flag == "split" else set()
+    assert buckets(routing.current) == {"blue", "state.json", flag} | shortcuts
 
 
 def test_a_larger_share_keeps_the_users_of_a_smaller_one(routing):
@@ -55,7 +56,49 @@ def test_everything_at_once_and_then_nothing(routing):
     nothing, _ = routing.switch(state("green"))
     assert routing.read() == nothing
     assert (nothing.split, nothing.shadow, nothing.maintenance) == (0, 0, False)
-    assert buckets(routing.current) == {"green", "state.json"}
+    assert buckets(routing.current) == {"green", "state.json", "green-live"}
+
+
+@pytest.mark.parametrize("percent", [0, 1, 25, 100])
+def test_one_look_tells_the_live_colour_and_who_serves(routing, percent):
+    routing.switch(state("green", split=percent))
+    served = {path.parent.name + "/" + path.name for path in routing.current.glob("*-*/*")}
+    assert served == {f"green-{'idle' if bucket < percent else 'live'}/{bucket}" for bucket in range(100)}
+
+
+@pytest.mark.parametrize("more", [{"shadow": 1}, {"maintenance": True}, {"split": 5, "maintenance": True}])
+def test_what_takes_more_than_a_look_has_no_shortcut(routing, more):
+    routing.switch(state(**more))
+    assert not list(routing.current.glob("*-*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "target"),
+    [
+        ({}, "blue-live", "../../shares/rest-5"),
+        ({}, "green-live", "../../shares/rest-0"),
+        ({}, "blue-idle", "../../shares/5"),
+        ({"split": 5}, "blue-idle", "../../shares/rest-0"),
+        ({"maintenance": True}, "blue-live", "../../shares/rest-0"),
+        ({"shadow": 5}, "blue-live", "../../shares/rest-0"),
+    ],
+)
+def test_a_shortcut_that_doesnt_fit_the_state_is_refused(routing, more, name, target):
+    for percent in (5, 0):
+        routing.switch(state(split=percent))
+    routing.switch(state(**more))
+    link = routing.current / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    with pytest.raises(RoutingBroken, match=f"a link {name} that doesn't fit"):
+        routing.read()
+
+
+def test_a_state_of_an_earlier_version_has_no_shortcuts(routing):
+    written, _ = routing.switch(state(split=5))
+    for link in routing.current.glob("*-*"):
+        link.unlink()
+    assert routing.read() == written
 
 
 def test_nginx_may_read_shares_whatever_the_umask(routing):
@@ -137,15 +180,17 @@ def test_a_crash_at_any_call_leaves_the_old_or_the_new_share(tmp_path, before):
         status = in_child(lambda r=routing: r.switch(state(split=2, shadow=1)), die_at, before)
         present = routing.read()
         assert present == old or (present.split, present.shadow, present.number) == (2, 1, 2), die_at
-        for share in routing.shares.glob("[0-9]*"):
-            assert buckets(share) == {str(bucket) for bucket in range(int(share.name))}, "a named share is complete"
+        for share in routing.shares.glob("[!.]*"):
+            rest, percent = share.name.startswith("rest-"), int(share.name.removeprefix("rest-"))
+            wanted = range(percent, 100) if rest else range(percent)
+            assert buckets(share) == {str(bucket) for bucket in wanted}, "a named share is complete"
         for later in (state(), state(split=1, shadow=2)):
             after, _ = routing.switch(later)
             assert routing.read() == after
             assert buckets(routing.directory) <= {"current", "states", "shares"}
-            assert {path.name for path in routing.shares.glob("*")} <= {"1", "2"}, "no rubbish stays"
+            assert {path.name for path in routing.shares.glob("*")} <= {"1", "2", "rest-0"}, "no rubbish stays"
         if status == 0:
-            assert die_at > 30
+            assert die_at > 25
             return
         assert status == DIED
     raise AssertionError("the switch never came to its end")
@@ -168,16 +213,16 @@ def test_a_share_is_durable_before_a_state_links_to_it(routing, monkeypatch):
 
 def test_a_full_disk_leaves_the_old_state_and_no_rubbish(routing, monkeypatch):
     old, _ = routing.switch(state())
-    real = os.open
+    real = os.link
 
-    def full(path, flags, *rest, **options):
+    def full(source, path):
         if str(path).endswith(".new-5/3"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, flags, *rest, **options)
+        return real(source, path)
 
-    monkeypatch.setattr(os, "open", full)
+    monkeypatch.setattr(os, "link", full)
     with pytest.raises(OSError, match="No space left"):
         routing.switch(state(split=5))
 
     assert routing.read() == old
-    assert buckets(routing.shares) == set()
+    assert buckets(routing.shares) == {"rest-0"}
