@@ -323,7 +323,16 @@ class Green:
 def test_with_the_real_locust(bench, monkeypatch, bad):
     monkeypatch.setattr(gate, "LOCUST", Path(LOCUST))
     monkeypatch.setattr(gate, "LOCUSTFILE", Path(__file__).parents[3] / "service/loadtest/locustfile.py")
-    limits = Gate(users=4, seconds=1, min_requests=10, min_requests_per_second=1)
+    # No limits of time: a machine may stand still for a second.
+    limits = Gate(
+        users=4,
+        seconds=1,
+        min_requests=10,
+        min_requests_per_second=1,
+        max_p50_ms=60_000,
+        max_p95_ms=60_000,
+        max_p99_ms=60_000,
+    )
     bench.config = bench.config._replace(gate=limits)
     green = Green(bad)
     server = serve(("127.0.0.1", 0), green)
@@ -335,8 +344,8 @@ def test_with_the_real_locust(bench, monkeypatch, bad):
     report = bench.files()["load_test_report.json"]
     assert report["requests"] == len(green.bodies) > 10
     assert set(green.bodies) == {b'{"data": [1, 2]}'}
-    assert 0 < report["p50_ms"] <= report["p95_ms"] <= report["p99_ms"] <= report["max_ms"] < 1500
-    assert 0.3 < report["duration_seconds"] < 3
+    assert 0 < report["p50_ms"] <= report["p95_ms"] <= report["p99_ms"] <= report["max_ms"]
+    assert report["duration_seconds"] > 0.3
     if bad:
         assert (outcome.passed, report["errors"]) == (False, {"status 500": len(green.bodies) // 5})
         assert outcome.reasons[0].startswith("share of failed requests (")
