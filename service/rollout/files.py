@@ -7,9 +7,11 @@ is written here, whatever umask the caller has.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
 
@@ -101,3 +103,17 @@ def read_untrusted(path: Path, limit: int = 65536) -> bytes | None:
         return None
     finally:
         os.close(descriptor)
+
+
+def lock_within(descriptor: int, seconds: float, poll_seconds: float) -> bool:
+    """Lock an open file or directory for this process alone; False where somebody else still has it after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(poll_seconds, left))

@@ -142,16 +142,8 @@ def _end(note: _Note) -> str:
 
 
 def _acquire(descriptor: int, path: Path, wait: float) -> None:
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise LockHeld(_held(descriptor, path, wait)) from None
-            time.sleep(min(_POLL_SECONDS, left))
+    if not files.lock_within(descriptor, wait, _POLL_SECONDS):
+        raise LockHeld(_held(descriptor, path, wait))
 
 
 def _held(descriptor: int, path: Path, wait: float) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -59,15 +57,8 @@ def _turn(directory: Path) -> Iterator[None]:
     """Be the only one who writes there. Raises OSError where somebody else takes too long: a rollback mustn't wait."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise OSError(errno.EBUSY, "another process holds it", str(directory)) from None
-                time.sleep(_POLL_SECONDS)
+        if not files.lock_within(descriptor, _WAIT_SECONDS, _POLL_SECONDS):
+            raise OSError(errno.EBUSY, "another process holds it", str(directory))
         yield
     finally:
         os.close(descriptor)

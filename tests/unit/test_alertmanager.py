@@ -14,7 +14,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/alertmanager"
 MESSAGES = ROLE / "files/appliance.tmpl"
 
-needs_amtool = pytest.mark.skipif(shutil.which("amtool") is None, reason="needs amtool: make programs")
+needs_amtool = pytest.mark.skipif(
+    shutil.which("amtool") is None, reason="needs amtool, which make programs brings where there is apt"
+)
 
 EMAIL = {
     "alertmanager_email_to": "oncall@example.org",

@@ -13,7 +13,9 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/edgelog"
 
-needs_mtail = pytest.mark.skipif(shutil.which("mtail") is None, reason="needs mtail: make programs")
+needs_mtail = pytest.mark.skipif(
+    shutil.which("mtail") is None, reason="needs mtail, which make programs brings where there is apt"
+)
 
 ANSWERED = {
     "time_iso8601": "2026-01-31T12:00:00+00:00",

@@ -173,7 +173,9 @@ def test_the_role_deploys_every_file():
     assert {entry["name"]: entry["src"] for entry in files} == {path.stem: f"rules/{path.name}" for path in FILES}
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool: make programs")
+@pytest.mark.skipif(
+    not shutil.which("promtool"), reason="needs promtool, which make programs brings where there is apt"
+)
 class TestWithPromtool:
     def test_rules_are_accepted(self, tmp_path):
         objectives = tmp_path / "objectives.yml"

@@ -5,7 +5,6 @@ The broker is librdkafka's mock of a cluster, over TCP, since no image registry 
 
 import base64
 import json
-import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -42,7 +41,7 @@ def switched_on(playbook):
 
 
 @pytest.fixture(scope="module")
-def broker(host, playbook):
+def broker(host, playbook, eventually):
     """A broker at the address that the host's settings have."""
     packed = base64.b64encode(MOCK.read_bytes()).decode()
     host.check_output("sh -c %s", f"echo {packed} | base64 -d >/run/mock_kafka.py")
@@ -50,10 +49,7 @@ def broker(host, playbook):
         "systemd-run --quiet --collect --unit=mock-kafka --property=StandardOutput=truncate:/run/mock-kafka.address "
         "--property=StandardError=journal sh -c 'sleep infinity | /opt/appliance/drift/bin/python /run/mock_kafka.py'"
     )
-    deadline = time.monotonic() + 60
-    while not (address := host.file("/run/mock-kafka.address").content_string.strip()):
-        assert time.monotonic() < deadline, host.run("journalctl -u mock-kafka -n 20 --no-pager").stdout
-        time.sleep(0.2)
+    address = eventually(lambda: host.run("cat /run/mock-kafka.address").stdout.strip(), what="the broker's address")
     settings = SETTINGS | {"drift_bootstrap_servers": [address]}
     told = playbook("site", "--tags", "drift", "-e", json.dumps(settings))
     assert told.returncode == 0, told.stdout[-3000:]

@@ -578,26 +578,25 @@ def test_the_lock(box):
     assert (box.root / "lock").read_text() == ""
 
 
-def test_a_killed_holder_frees_the_lock(box):
+@pytest.fixture
+def killed(box):
+    """A swap that was killed while it held the lock."""
     box.live_on_blue()
     box.door.slow = 5
-    first = box.popen("swap")
+    process = box.popen("swap")
     wait_for(lambda: (box.root / "lock").read_text().strip())
-    first.kill()
-    first.communicate()
+    process.kill()
+    process.communicate()
     box.door.slow = 0
+    return process
+
+
+def test_a_killed_holder_frees_the_lock(box, killed):
     assert box.run("swap", "--to", "green").status == 0
 
 
-def test_unlock_of_what_a_dead_command_left(box):
-    box.live_on_blue()
-    box.door.slow = 5
-    first = box.popen("swap")
-    wait_for(lambda: (box.root / "lock").read_text().strip())
-    first.kill()
-    first.communicate()
-    box.door.slow = 0
-    assert json.loads((box.root / "lock").read_text())["pid"] == first.pid
+def test_unlock_of_what_a_dead_command_left(box, killed):
+    assert json.loads((box.root / "lock").read_text())["pid"] == killed.pid
     answer = box.run("unlock")
     assert answer.status == 0 and f"nobody holds the lock {box.root / 'lock'}" in answer.message
     assert box.run("swap", "--to", "green").status == 0
