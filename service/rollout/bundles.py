@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -128,6 +127,9 @@ def _read_sums(title: str, directory: Path) -> tuple[dict[str, str], str]:
         raise Refused(f"{title}: {path}: {error.strerror}: install the bundle again") from None
     except UnicodeDecodeError:
         raise Refused(f"{title}: {path} isn't text in UTF-8") from None
+    # Loaded only where a bundle is read: a rollback reads none.
+    import hashlib
+
     sums: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
@@ -161,6 +163,8 @@ def _regular_files(title: str, directory: Path) -> list[str]:
 
 
 def _check_sum(title: str, directory: Path, path: str, wanted: str) -> None:
+    import hashlib
+
     try:
         # Looked at again without following links: examples are read at every swap, long after `verify`.
         if not stat.S_ISREG(os.lstat(directory / path).st_mode):

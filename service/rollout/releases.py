@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -158,4 +157,6 @@ class Releases:
 
 def settings_digest(settings: bytes | None) -> str | None:
     """`sha256:` and the SHA-256 of settings, or None where there are none."""
+    import hashlib
+
     return None if settings is None else "sha256:" + hashlib.sha256(settings).hexdigest()
