@@ -66,7 +66,7 @@ molecule: molecule-trixie molecule-bookworm ## roles and playbooks on Debian 13,
 
 # The default scenario first: it is the one that provisions a fresh host, which all others then use. The others are shared
 # out so that both hosts take about as long.
-ON_BOOKWORM := default rollout rotation swap
+ON_BOOKWORM := default faults rollout rotation swap
 SCENARIOS := default $(filter-out $(ON_BOOKWORM),$(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
 
 molecule-trixie: engine environment

@@ -7,6 +7,7 @@ wants, the last does it.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -143,10 +144,7 @@ def test_a_bundle_is_on_the_disk_before_its_name_is(site):
     assert "/simplemodel/.incoming-" in incoming
     names = {f"{incoming}/{path.name}" for path in site.delivered.iterdir()}
     assert first.split()[0] == "sync" and set(first.split()[1:]) == names | {incoming}
-    assert calls[1:] == [
-        f"mv --no-target-directory {incoming} {site.delivered}",
-        f"sync {site.delivered.parent} {site.bundles}",
-    ]
+    assert calls[1:] == [f"mv --no-target-directory {incoming} {site.delivered}", "sync . .."]
     # The second time there is nothing to deliver.
     told, status = site.place()
     assert status == 0 and site.calls("sync", "mv") == [], told
@@ -169,11 +167,23 @@ DAMAGES = {
 }
 
 
-def look(directory):
+def script(tasks, name, **variables):
+    """The shell script of a task of the role, as Ansible renders it."""
+    listed = yaml.safe_load((PROJECT / "roles/rollout/tasks" / tasks).read_text())
+    listed += [task for outer in listed for task in outer.get("block", [])]
+    [task] = [task for task in listed if task["name"].startswith(name)]
+    role = yaml.safe_load((PROJECT / "roles/rollout/vars/main.yml").read_text())
+    environment = jinja2.Environment()
+    environment.filters |= {"quote": shlex.quote, "dirname": os.path.dirname}
+    return environment.from_string(task["ansible.builtin.shell"]["cmd"]).render(role | variables)
+
+
+def look(directory, state=Path("/nowhere")):
     """What delivered.yml finds there."""
-    [task] = yaml.safe_load((PROJECT / "roles/rollout/tasks/delivered.yml").read_text())
-    script = task["ansible.builtin.shell"]["cmd"].replace("{{ rollout_bundle.path | quote }}", f"'{directory}'")
-    return subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    rendered = script(
+        "delivered.yml", "Look on the host", rollout_bundle={"path": str(directory)}, rollout_state_dir=str(state)
+    )
+    return subprocess.run(["/bin/sh", "-c", rendered], capture_output=True, text=True, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -182,10 +192,60 @@ def test_damage_is_seen(tmp_path, damage):
     assert look(bundle).stdout == "missing\n"
     shutil.copytree(SOURCE, bundle)
     digest = hashlib.sha256((bundle / "SHA256SUMS").read_bytes()).hexdigest()
-    assert look(bundle).stdout.split() == ["whole", digest, "SHA256SUMS"]
+    assert look(bundle).stdout.split() == ["whole", digest]
     DAMAGES[damage](bundle)
     answer = look(bundle)
     assert answer.stdout == "damaged\n" and answer.stderr.strip()
+
+
+def record(state, number, bundle, digest):
+    (state / f"releases/{number}").mkdir(parents=True)
+    text = json.dumps({"bundle": str(bundle), "bundle_digest": f"sha256:{digest}"}, indent=1)
+    (state / f"releases/{number}/release.json").write_text(text)
+
+
+def test_releases_say_what_a_damaged_bundle_was(tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(SOURCE, bundle)
+    cut(bundle / "SHA256SUMS")
+    record(tmp_path, 1, bundle, "a1")
+    record(tmp_path, 2, tmp_path / "other", "b2")
+    record(tmp_path, 3, bundle, "a1")
+    (tmp_path / "releases/4").mkdir()
+    (tmp_path / "releases/4/release.json").write_text("{")
+    assert look(bundle, tmp_path).stdout == "damaged a1\n"
+
+
+def put(model):
+    """What deliver.yml does at the end, where `.incoming-x` is to become `1`."""
+    rendered = script(
+        "deliver.yml",
+        "Put the bundle",
+        rollout_bundle={"path": str(model / "1")},
+        rollout_incoming={"path": str(model / ".incoming-x")},
+    )
+    return subprocess.run(["/bin/sh", "-c", rendered], cwd=model, capture_output=True, text=True, timeout=60)
+
+
+def test_what_another_run_delivered_meanwhile_stays(tmp_path):
+    for name in ("1", ".incoming-x"):
+        shutil.copytree(SOURCE, tmp_path / name)
+    there = (tmp_path / "1").stat().st_ino
+    answer = put(tmp_path)
+    assert (answer.returncode, answer.stdout) == (0, "") and (tmp_path / "1").stat().st_ino == there
+    cut(tmp_path / "1/weights.pth")
+    answer = put(tmp_path)
+    assert (answer.returncode, answer.stdout) == (0, "placed\n"), answer.stderr
+    assert (tmp_path / "1").stat().st_ino != there and (tmp_path / ".damaged-x").stat().st_ino == there
+
+
+def test_what_cannot_be_replaced_comes_back(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "1")
+    cut(tmp_path / "1/weights.pth")
+    there = (tmp_path / "1").stat().st_ino
+    answer = put(tmp_path)
+    assert answer.returncode == 1 and "mv: " in answer.stderr
+    assert (tmp_path / "1").stat().st_ino == there and not (tmp_path / ".damaged-x").exists()
 
 
 def test_what_is_damaged_on_the_host_is_delivered_again(site):
@@ -211,10 +271,14 @@ def test_check_mode_says_what_is_damaged_and_leaves_it(site):
     assert (site.delivered / "weights.pth").read_bytes() == b"" and site.calls("mv", "appliance") == []
 
 
-def test_what_is_whole_with_other_content_stays(site):
+@pytest.mark.parametrize("state", ["whole", "damaged"])
+def test_what_has_other_content_stays(site, state):
     shutil.copytree(SOURCE, site.delivered)
     (site.delivered / "model.py").write_text("# other\n")
     seal(site.delivered)
+    if state == "damaged":
+        record(site.state, 1, site.delivered, hashlib.sha256((site.delivered / "SHA256SUMS").read_bytes()).hexdigest())
+        cut(site.delivered / "SHA256SUMS")
     told, status = site.place()
     assert status == 2 and "is on the host already, with other content" in told and "new version" in told, told
     assert site.calls("mv", "appliance") == [] and (site.delivered / "model.py").read_text() == "# other\n"
@@ -288,6 +352,14 @@ MISTAKES = {
     "no YAML": (
         lambda bundle: (bundle / "manifest.yaml").write_text("name: [a\n"),
         "{}/manifest.yaml isn't valid YAML: while parsing",
+    ),
+    "no date": (
+        lambda bundle: (bundle / "manifest.yaml").write_text("version: 2024-13-45\n"),
+        "{}/manifest.yaml isn't valid YAML: month must be in 1..12",
+    ),
+    "a date": (
+        lambda bundle: (bundle / "manifest.yaml").write_text("2024-12-24\n"),
+        "{}/manifest.yaml must hold fields such as 'name: simplemodel', not \"2024-12-24\"",
     ),
     "no fields": (
         lambda bundle: (bundle / "manifest.yaml").write_text("- a\n"),

@@ -26,12 +26,15 @@ FIELDS = {
 def describe(directory: Path) -> dict[str, str]:
     """The bundle's name, version, and the SHA-256 of its SHA256SUMS. Raises ValueError with a whole sentence."""
     manifest, sums = directory / "manifest.yaml", directory / "SHA256SUMS"
+    text = _read(manifest, "a bundle has its manifest there: docs/ml-engineers.md")
     try:
-        fields = yaml.safe_load(_read(manifest, "a bundle has its manifest there: docs/ml-engineers.md"))
-    except yaml.YAMLError as error:
+        fields = yaml.safe_load(text)
+    # ValueError: what looks like a date and isn't one.
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{manifest} isn't valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{manifest} must hold fields such as 'name: simplemodel', not {json.dumps(fields)[:100]}")
+        shown = json.dumps(fields, default=str)[:100]
+        raise ValueError(f"{manifest} must hold fields such as 'name: simplemodel', not {shown}")
     found = {}
     for field, (pattern, words) in FIELDS.items():
         if fields.get(field) is None:
