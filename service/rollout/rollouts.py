@@ -105,6 +105,7 @@ class Rollouts:
 
     def _plan(self, state: State, target: str, target_release: int, steps: tuple[int, ...]) -> Plan:
         last = plan.read(self.config.rollout_file)
+        again = last is not None and (last.target, last.target_release) == (target, target_release)
         return Plan(
             number=last.number + 1 if last else 1,
             source=state.live,
@@ -120,6 +121,7 @@ class Rollouts:
             since=now(),
             steps=steps,
             boot=host.boot(),
+            earlier=last.taken_back if last and again else None,
         )
 
     def swap(self, to: str | None = None, *, dry_run: bool = False) -> Result:
@@ -333,29 +335,33 @@ class Rollouts:
         found = self.under_way()
         if to is not None:
             return self._rollback_to(to, dry_run=dry_run)
-        if found and found[0].phase == plan.CANARY:
+        # A promotion that died before its switch is a canary to its users.
+        if found and (found[0].phase == plan.CANARY or 0 < found[0].percent_by(found[1]) < 100):
             if dry_run:
                 return Result(f"would send everybody back to {found[0].source}", details={"would_change": True})
             reason, number = self.engine.reason or "rolled back by hand", found[0].number
             return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
-        if not found:
-            self._refuse_what_went_back()
+        self._refuse_what_went_back()
         result = self.engine.rollback(dry_run=dry_run)
         if found and result.changed:
+            if found[0].unswitched(found[1]):
+                # No traffic goes back from its colour, which may even be the one that is live now.
+                return self._end_after(result, found[0], plan.SUPERSEDED, "rolled back by hand before its switch")
             reason = self.engine.reason or "rolled back by hand"
             return self._end_after(result, found[0]._replace(cause="by hand"), plan.ROLLED_BACK, reason)
         return result
 
     def _refuse_what_went_back(self) -> None:
-        """Raise Refused where a rollback would return to what the last rollout took traffic from."""
+        """Raise Refused where a rollback would return to what a rollout took traffic from."""
         last, state = plan.read(self.config.rollout_file), self.routing.read()
-        if last is None or state is None or not last.went_back:
+        why = last.taken_back if last else None
+        if last is None or state is None or why is None:
             return
         if (state.previous, state.previous_release) == (last.target, last.target_release):
             number = last.target_release
             raise Refused(
                 f"can't roll back to {last.target}: traffic went back from its release {number} to {last.source} "
-                f"already ({last.describe()}); 'appliance rollback --to RELEASE' goes to an older release, and "
+                f"already ({why}); 'appliance rollback --to RELEASE' goes to an older release, and "
                 f"--to {number} to this one all the same"
             )
 

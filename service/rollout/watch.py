@@ -99,7 +99,7 @@ class Watch:
     def _look(self, engine: Engine) -> Result:
         found = Rollouts(engine).under_way()
         # Whoever put it on record died before the switch.
-        self._unswitched = found is not None and found[0].phase == plan.BAKE and found[1].live != found[0].target
+        self._unswitched = found is not None and found[0].unswitched(found[1])
         self._present = found[0] if found and not self._unswitched else None
         return Result("looked", outcome="nothing")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rollout import config, host, plan, watch
+from rollout.operations import Engine
 from rollout.rollouts import Rollouts
 from rollout.routing import Routing
 from rollout.watch import Watch
@@ -357,11 +358,72 @@ def test_a_rollback_isnt_refused_for_a_switch_that_never_happened(rollout):
     assert answer.status == 0 and rollout.state.live == "blue", answer.message
 
 
+def killed_before_its_switch(box):
+    """A swap whose process dies when its plan is on record and nothing has moved yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "switch", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+        patch.setattr(Rollouts, "_fall_back", lambda *_: None)
+        with pytest.raises(SystemExit):
+            Rollouts(box.engine()).swap()
+    assert present(box).phase == plan.BAKE and box.state.live == "blue"
+
+
+@pytest.mark.parametrize("ends", ["killed", "failed"])
+def test_a_swap_that_never_happened_doesnt_open_the_way_to_what_was_taken_back(rollout, ends):
+    rollout.configure(bake_seconds=20)
+    faulty(rollout, "some-500").run("swap")
+    carry_out(rollout)
+    why = present(rollout).reason
+    # Nothing but what is on record tells that it was bad.
+    rollout.host.running["green"].faults.clear()
+    assert rollout.run("rollback").status == 1
+    # Twice: what is known of the first rollout outlasts any number of such swaps.
+    for _ in range(2):
+        if ends == "failed":
+            rollout.door.faults.add("green")
+            assert rollout.run("swap").status == 1
+            rollout.door.faults.clear()
+        else:
+            killed_before_its_switch(rollout)
+        before = rollout.snapshot()
+        for more in ([], ["--dry-run"]):
+            answer = rollout.run("rollback", *more)
+            assert answer.status == 1 and "can't roll back to green" in answer.message, answer.message
+            assert why in answer.message and "--to 3" in answer.message
+        assert rollout.snapshot() == before and rollout.state.live == "blue"
+
+
+def test_a_rollback_while_a_swap_hangs_before_its_switch_goes_to_what_served_well(rollout):
+    rollout.configure(bake_seconds=0)
+    rollout.run("swap")
+    rollout.run("swap")
+    rollout.configure(bake_seconds=20)
+    killed_before_its_switch(rollout)
+    answer = rollout.run("rollback")
+    assert answer.status == 0 and rollout.state.live == "green", answer.message
+    # It isn't traffic that went back, and nobody watches a rollback.
+    assert present(rollout).phase == plan.SUPERSEDED and not present(rollout).went_back
+    assert Rollouts(rollout.engine()).under_way() is None
+
+
+def test_a_rollback_after_a_promotion_that_was_killed_sends_everybody_back(rollout):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout, "--steps", "50,100")
+    begun = present(rollout)
+    unswitched = begun._replace(phase=plan.BAKE, before=begun.state, state=begun.state + 1)
+    plan.write(rollout.state_dir / "rollout.json", unswitched)
+    told = rollout.run("rollback", "--dry-run")
+    assert told.status == 0 and "would send everybody back to blue" in told.message
+    assert rollout.run("rollback").status == 0
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    assert present(rollout).phase == plan.ROLLED_BACK and present(rollout).went_back
+
+
 def test_a_plan_of_an_older_engine_can_be_read(rollout):
     rollout.configure(bake_seconds=20)
     rollout.run("swap")
     path = rollout.state_dir / "rollout.json"
-    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("boot", "cause")}
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("boot", "cause", "earlier")}
     path.write_text(json.dumps(raw))
     assert Rollouts(rollout.engine()).under_way() is not None
     plan.write(path, present(rollout)._replace(phase=plan.ROLLED_BACK))
