@@ -28,7 +28,7 @@ def follow(config: Config, seconds: float | None) -> Result:
             well = present.phase == plan.DONE
             state = Routing(config.routing_dir, config.colours).read()
             live = state.live if state else "nothing"
-            back = "back on " if not well and live == present.source else ""
+            back = "back on " if present.went_back and live == present.source else ""
             message = (
                 f"rollout {present.number} of release {present.target_release}: {present.describe()}; "
                 f"{back}{live}{'' if back else ' is live'}"

@@ -250,6 +250,7 @@ class Rollouts:
     def give_back(self, number: int, phase: str, reason: str, cause: str) -> Result:
         """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back.
 
+        A rollout whose colour never got any has nothing to send back: it is aborted, and nothing is counted.
         The result isn't ok, with exit status 3, where the colour that traffic is back on doesn't answer.
         """
         present, state = self._needed()
@@ -275,7 +276,8 @@ class Rollouts:
         except ApplianceError as fault:
             wrong = fault.message
         number, moment = state.number, None
-        if not stays or state.split:
+        goes_back = not stays or state.split > 0
+        if goes_back:
             try:
                 written, moment = self.routing.switch(wanted)
                 number = written.number
@@ -283,7 +285,8 @@ class Rollouts:
                 # A full disk: the state from before it all is still there and complete.
                 moment = self.routing.point_to(present.first)
                 number = present.first
-        ended = present._replace(before=number, state=number, cause=cause)
+        ended = present._replace(before=number, state=number, cause=cause if goes_back else None)
+        phase = phase if goes_back else plan.ABORTED
         try:
             ended = self.end(ended, phase, reason)
         except OSError as error:
@@ -292,7 +295,7 @@ class Rollouts:
         wrong = wrong or self.engine.front_door.answers_as(present.source, body)
         first_ms = None if wrong or moment is None else round((time.monotonic() - moment) * 1000, 1)
         return Result(
-            f"{ended.describe()}; all traffic is back on {present.source}"
+            f"{ended.describe()}; all traffic is {'back' if goes_back else 'still'} on {present.source}"
             + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else "")
             + (f"; first answer {first_ms:g} ms after the switch" if first_ms is not None else ""),
             ok=not wrong,
@@ -302,7 +305,7 @@ class Rollouts:
                 "live": present.source,
                 "state": number,
                 "release": present.source_release,
-                "cause": cause,
+                "cause": ended.cause,
                 "switch_ms": first_ms,
                 "switched_at": None if moment is None else round(time.time() - (time.monotonic() - moment), 6),
             },

@@ -368,7 +368,7 @@ def killed_before_its_switch(box):
     assert present(box).phase == plan.BAKE and box.state.live == "blue"
 
 
-@pytest.mark.parametrize("ends", ["killed", "failed"])
+@pytest.mark.parametrize("ends", ["killed", "settled", "failed"])
 def test_a_swap_that_never_happened_doesnt_open_the_way_to_what_was_taken_back(rollout, ends):
     rollout.configure(bake_seconds=20)
     faulty(rollout, "some-500").run("swap")
@@ -385,6 +385,8 @@ def test_a_swap_that_never_happened_doesnt_open_the_way_to_what_was_taken_back(r
             rollout.door.faults.clear()
         else:
             killed_before_its_switch(rollout)
+        if ends == "settled":
+            assert rollout.run("watch", "--settle").status == 0
         before = rollout.snapshot()
         for more in ([], ["--dry-run"]):
             answer = rollout.run("rollback", *more)
@@ -404,6 +406,26 @@ def test_a_rollback_while_a_swap_hangs_before_its_switch_goes_to_what_served_wel
     # It isn't traffic that went back, and nobody watches a rollback.
     assert present(rollout).phase == plan.SUPERSEDED and not present(rollout).went_back
     assert Rollouts(rollout.engine()).under_way() is None
+
+
+@pytest.mark.parametrize("how", [["watch", "--settle"], ["watch"], ["abort"]], ids=["settle", "watch", "abort"])
+def test_a_switch_that_never_happened_is_no_traffic_that_went_back(rollout, how):
+    rollout.configure(bake_seconds=0)
+    rollout.run("swap")
+    rollout.run("swap")
+    rollout.configure(bake_seconds=20)
+    killed_before_its_switch(rollout)
+    answer = rollout.run(*how)
+    assert answer.status == 0 and "all traffic is still on blue" in answer.message, answer.message
+    ended = present(rollout)
+    assert (ended.phase, ended.cause, ended.went_back) == (plan.ABORTED, None, False)
+    assert rollout.audit()[-1]["cause"] is None
+    metrics = (rollout.root / "appliance.prom").read_text()
+    assert 'reason="unwatched"' not in metrics and 'appliance_rollbacks_total{reason="by hand"} 0.0' in metrics
+    assert "back on" not in rollout.run("follow").message
+    # The way out in an emergency is open.
+    answer = rollout.run("rollback")
+    assert answer.status == 0 and rollout.state.live == "green", answer.message
 
 
 def test_a_rollback_after_a_promotion_that_was_killed_sends_everybody_back(rollout):
