@@ -40,6 +40,7 @@ or step by step, compared with the live colour, and back by itself where it does
 """
 
 
+_TURN_SECONDS = 20.0
 _URGENT = ("rollback", "abort", "pause", "resume", "promote", "maintenance")
 
 
@@ -417,6 +418,9 @@ def _watch(config: configuration.Config, engine: Engine, *, settle: bool) -> Res
         return Watch(config, engine.who).run()
     if host.shutting_down():
         return Result("the host shuts down; a rollout goes on after the boot")
+    # One turn at the lock: a command may have started the watch while it was still ending, in vain, and is about to put
+    # its rollout on record. A start that comes after this makes systemd wait for the end of this.
+    Engine(config, engine.who, lock_wait=_TURN_SECONDS).run("watch", lambda: Result("waited"), quiet=True)
     ended = os.environ.get("SERVICE_RESULT")
     if ended == "success" and plan.under_way(config.rollout_file, engine.routing.read()):
         # A rollout that began while the last one's watch was just about to end.

@@ -88,12 +88,12 @@ class Rollouts:
         if steps[0] == 100:
             return self.go_live("canary", fresh, state)
         with self.engine.interrupts.hold():
-            written = self._write(fresh._replace(state=self._next_state()))
+            self._start_watch()
+            written = fresh._replace(state=self._next_state())
             try:
-                self._start_watch()
-                self.set_split(written, state, steps[0], "canary")
+                self.set_split(self._write(written), state, steps[0], "canary")
             except BaseException as fault:
-                self.end(written._replace(before=state.number, state=state.number), plan.ABORTED, str(fault))
+                self._fall_back(fresh, state.number, str(fault))
                 raise
             self.engine.interrupts.disarm()
         return Result(
@@ -143,7 +143,8 @@ class Rollouts:
         return self.routing.next_number()
 
     def _start_watch(self) -> None:
-        # It waits for the lock before it looks at anything.
+        """Before a plan is on record, so that none ever is without its watch. Raises Failed."""
+        # It waits for the lock before it looks at anything, and so for the plan.
         unit = self.config.rollout_unit
         answer = host.run(["systemctl", "start", "--no-block", unit])
         if answer.returncode != 0:
@@ -167,9 +168,9 @@ class Rollouts:
         # Whoever began the plan has seen to the load test: it mustn't come between a canary's step and the next.
         release, examples = self.engine.check(present.target, ("ready",))
         watched = present._replace(phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
-        self._write(watched)
+        self._start_watch()
         try:
-            self._start_watch()
+            self._write(watched)
             result = self.engine.switch(command, present.target, release, examples, state)
         except BaseException as fault:
             back = self.routing.read()
@@ -236,7 +237,7 @@ class Rollouts:
         if changed == present:
             return Result(f"nothing to do; {present.describe()}", outcome="nothing", details=details)
         self._write(changed)
-        # One that was killed between the plan and its watch has none.
+        # An older engine that was killed between the plan and its watch has left it without one.
         self._start_watch()
         return Result(f"{what} is on record; {changed.describe()}", changed=True, details=details)
 

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from rollout import config, host, plan, watch
+from rollout import config, files, host, operations, plan, watch
 from rollout.operations import Engine
 from rollout.rollouts import Rollouts
 from rollout.routing import Routing
@@ -504,6 +504,38 @@ def test_status_tells_the_share_that_users_have(rollout):
     plan.write(rollout.state_dir / "rollout.json", begun._replace(phase=plan.BAKE))
     status = rollout.run("status")
     assert "green (release 2) isn't live yet" in status.message and status.json["rollout"]["percent"] == 0
+
+
+def test_an_interrupt_while_a_rollout_is_put_on_record_leaves_none(rollout, monkeypatch):
+    rollout.configure(bake_seconds=20)
+    before, real = rollout.snapshot(), files.fsync_directory
+
+    def interrupted(path):
+        real(path)
+        if path == rollout.state_dir and present(rollout).under_way:
+            os.kill(os.getpid(), watch.signal.SIGINT)
+
+    monkeypatch.setattr(files, "fsync_directory", interrupted)
+    answer = rollout.run("swap")
+    assert answer.status == 1 and answer.message == "interrupted by SIGINT; nothing was changed"
+    assert present(rollout).phase == plan.ABORTED and rollout.snapshot() == before
+
+
+def test_a_rollout_that_is_put_on_record_while_the_last_watch_ends_gets_another(rollout, monkeypatch):
+    real, before = operations.exclusive, len(rollout.host.calls)
+
+    def in_turn(*arguments, **options):
+        # Whoever has the lock has started the unit in vain, for it hadn't ended yet, and writes the plan now.
+        monkeypatch.setattr(operations, "exclusive", real)
+        assert canary(rollout).status == 0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(operations, "exclusive", in_turn)
+    monkeypatch.setenv("SERVICE_RESULT", "success")
+    answer = rollout.run("watch", "--settle")
+    assert (answer.status, answer.message) == (0, "the next rollout is under way")
+    assert rollout.host.calls[before:].count(["systemctl", "start", "--no-block", "appliance-rollout.service"]) == 2
+    assert rollout.state.split == 1
 
 
 def test_orders_without_a_rollout_are_refused(rollout):
