@@ -64,7 +64,7 @@ class Rollouts:
         """Give the idle colour its first share of users; `appliance watch` goes on from there."""
         found = self.under_way()
         if found:
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
         state = self.routing.read()
         if state is None:
             raise Refused(f"no colour is live: run 'appliance init {to or self.config.colours[0]}' first")
@@ -128,7 +128,7 @@ class Rollouts:
         """Make the idle colour live at once, and have it watched."""
         found = self.under_way()
         if found and found[0].phase == plan.CANARY:
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
         state = self.routing.read()
         if dry_run or state is None or not self.config.bake_seconds:
             return self.engine.swap(to, dry_run=dry_run)
@@ -211,7 +211,7 @@ class Rollouts:
                 details={"live": present.target, "release": present.target_release, "state": state.number},
             )
         if present.paused:
-            return Result(present.describe(), outcome="nothing")
+            return Result(present.describe(state), outcome="nothing")
         step = len(present.steps) - 1 if present.asked == "promote" else present.step + 1
         percent = present.steps[step]
         if percent == 100:
@@ -228,18 +228,21 @@ class Rollouts:
         """Pause, resume or promote the rollout under way; `appliance watch` carries it out."""
         present, state = self._needed()
         details = {"live": state.live, "state": state.number, "release": present.target_release}
+        if what == "promote" and present.unswitched(state):
+            self._start_watch()
+            raise Refused(f"can't be promoted: {present.describe(state)}; its watch ends it, then swap again")
         if what == "promote":
             changed = present._replace(asked="promote", paused=False)
         elif present.phase != plan.CANARY:
-            raise Refused(f"only a canary can be paused; {present.describe()}")
+            raise Refused(f"only a canary can be paused; {present.describe(state)}")
         else:
             changed = present._replace(paused=what == "pause")
         if changed == present:
-            return Result(f"nothing to do; {present.describe()}", outcome="nothing", details=details)
+            return Result(f"nothing to do; {present.describe(state)}", outcome="nothing", details=details)
         self._write(changed)
         # An older engine that was killed between the plan and its watch has left it without one.
         self._start_watch()
-        return Result(f"{what} is on record; {changed.describe()}", changed=True, details=details)
+        return Result(f"{what} is on record; {changed.describe(state)}", changed=True, details=details)
 
     # Back
 
@@ -378,7 +381,7 @@ class Rollouts:
         if self.engine.number_on(state.live) == number and not found:
             return Result(f"{state.live} is live with release {number} already", outcome="nothing")
         if found:
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
         if self.engine.number_on(idle) != number:
             release = self.engine.releases.get(number)
             placed = self.engine.deploy(idle, Path(release.bundle), release.image_id, gated=False, dry_run=dry_run)
@@ -397,7 +400,7 @@ class Rollouts:
         found = self.under_way()
         if found is None:
             return Result("no rollout is under way", outcome="nothing")
-        progress(f"{found[0].describe()}, and nobody watches it: {reason}")
+        progress(f"{found[0].describe(found[1])}, and nobody watches it: {reason}")
         return self.give_back(found[0].number, plan.ROLLED_BACK, reason, "unwatched")
 
     # By hand
@@ -423,7 +426,7 @@ class Rollouts:
             raise Refused("no colour is live: deploy a release and run 'appliance init COLOUR'")
         found = self.under_way()
         if found and command == "split":
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
         said = _said(state._replace(**changes), self.config.other(state.live))
         if state._replace(**changes) == state:
             return Result(f"{said[command]} already", outcome="nothing", details={"state": state.number})
@@ -451,8 +454,8 @@ def _said(state: State, idle: str) -> dict[str, str]:
     }
 
 
-def _in_the_way(present: Plan) -> str:
+def _in_the_way(present: Plan, state: State) -> str:
     return (
-        f"a rollout is under way: {present.describe()}; 'appliance promote' ends it well, 'appliance abort' sends "
+        f"a rollout is under way: {present.describe(state)}; 'appliance promote' ends it well, 'appliance abort' sends "
         f"everybody back to {present.source}"
     )

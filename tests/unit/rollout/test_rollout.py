@@ -538,6 +538,29 @@ def test_a_rollout_that_is_put_on_record_while_the_last_watch_ends_gets_another(
     assert rollout.state.split == 1
 
 
+def test_no_message_calls_a_colour_live_that_isnt(rollout):
+    rollout.configure(bake_seconds=20)
+    killed_before_its_switch(rollout)
+    said = "bake: green (release 2) isn't live yet, and serves 0 % of users"
+    answers = [
+        rollout.deploy("green", rollout.bundle("3.0.0")),
+        canary(rollout),
+        rollout.run("split", "5"),
+        rollout.run("rollback", "--to", "1"),
+        rollout.run("pause"),
+        rollout.run("follow", "--seconds", "0"),
+    ]
+    for answer in answers:
+        assert said in answer.message, answer.message
+    assert answers[-1].json["rollout"]["text"] == said and answers[-1].json["rollout"]["percent"] == 0
+    # There is nothing to promote; whoever watches ends it.
+    before = len(rollout.host.calls)
+    answer = rollout.run("promote")
+    assert answer.status == 1 and said in answer.message and "swap again" in answer.message
+    assert ["systemctl", "start", "--no-block", "appliance-rollout.service"] in rollout.host.calls[before:]
+    assert said in rollout.run("watch", "--settle").err
+
+
 def test_orders_without_a_rollout_are_refused(rollout):
     for command in ("pause", "resume", "promote", "abort"):
         answer = rollout.run(command)
