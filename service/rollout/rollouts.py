@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from rollout import host, plan, requestmark
+from rollout import audit, host, plan, requestmark
 from rollout.colour import HEALTHY
 from rollout.errors import ApplianceError, Failed, NotHealthy, Refused, UsageError, describe_os_error
 from rollout.operations import Engine, title_of
@@ -382,8 +382,14 @@ class Rollouts:
             return Result(f"{state.live} is live with release {number} already", outcome="nothing")
         if found:
             raise Refused(_in_the_way(*found))
+        release = self.engine.releases.get(number)
+        if self.engine.owes_gate(number) and not self._was_live(number):
+            raise Refused(
+                f"can't roll back to release {number}: it has never been live and hasn't passed the load test; "
+                f"'appliance deploy {idle} --bundle {release.bundle} --image {release.image}' puts that on it, and "
+                f"'appliance swap' makes it live then"
+            )
         if self.engine.number_on(idle) != number:
-            release = self.engine.releases.get(number)
             placed = self.engine.deploy(idle, Path(release.bundle), release.image_id, gated=False, dry_run=dry_run)
             if dry_run:
                 return placed
@@ -394,6 +400,11 @@ class Rollouts:
         if dry_run:
             return self.engine.would_switch("rollback", idle, release, examples, state)
         return self.engine.switch("rollback", idle, release, examples, state)
+
+    def _was_live(self, number: int) -> bool:
+        """Whether a release was live before all routing states that are kept; a rollback has no load test to ask."""
+        entries = audit.read(self.config.audit_file)
+        return any(entry.get("release") == number and audit.has_switched(entry) for entry in entries)
 
     def settle(self, reason: str) -> Result:
         """Send traffic back where a rollout is under way that nobody watches any more."""
