@@ -146,9 +146,9 @@ class Rollouts:
         """Before a plan is on record, so that none ever is without its watch. Raises Failed."""
         # It waits for the lock before it looks at anything, and so for the plan.
         unit = self.config.rollout_unit
-        answer = host.run(["systemctl", "start", "--no-block", unit])
-        if answer.returncode != 0:
-            raise Failed(f"{unit} can't be started, so nobody would watch: {answer.stderr.strip()}; run site.yml again")
+        complaint = host.start_soon(unit)
+        if complaint:
+            raise Failed(f"{unit} can't be started, so nobody would watch: {complaint}; run site.yml again")
 
     # Going on
 

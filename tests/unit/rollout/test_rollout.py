@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rollout import config, files, host, operations, plan, watch
+from rollout.errors import Failed
 from rollout.operations import Engine
 from rollout.rollouts import Rollouts
 from rollout.routing import Routing
@@ -774,3 +775,38 @@ def test_maintenance_outlasts_a_swap_and_a_split_doesnt(rollout):
     swapped = rollout.run("swap")
     assert swapped.status == 0 and "rollout" not in swapped.json
     assert (rollout.state.live, rollout.state.split, rollout.state.maintenance) == ("green", 0, True)
+
+
+def test_traffic_goes_back_also_where_systemd_doesnt_answer(rollout, monkeypatch):
+    rollout.configure(bake_seconds=20)
+    monkeypatch.setenv("SERVICE_RESULT", "success")
+    assert rollout.run("swap").status == 0
+
+    def silent(command, timeout=0.0):
+        if command[0] == "systemctl" and command[1] in ("is-system-running", "start"):
+            assert 0 < timeout <= 10, "systemd has its own patience with what settles"
+            raise Failed(f"{command[1]} didn't end")
+        return real(command, timeout)
+
+    real = host.run
+    monkeypatch.setattr(host, "run", silent)
+    answer = rollout.run("watch", "--settle")
+    assert answer.status == 0 and rollout.state.live == "blue", answer.message
+    assert present(rollout).phase == plan.ROLLED_BACK
+
+
+def test_a_watch_that_is_stopped_sends_traffic_back_also_where_systemd_doesnt_answer(rollout, monkeypatch):
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout)
+    real = host.run
+
+    def silent(command, *more):
+        if "is-system-running" in command:
+            raise Failed("systemctl didn't end")
+        return real(command, *more)
+
+    monkeypatch.setattr(host, "run", silent)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), watch.signal.SIGTERM))
+    timer.start()
+    assert carry_out(rollout).ok
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.state.split == 0
