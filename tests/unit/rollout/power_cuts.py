@@ -8,7 +8,7 @@ import shutil
 
 from rollout import host
 
-CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "symlink", "unlink", "rmdir")
+CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "link", "symlink", "unlink", "rmdir")
 # What systemctl changes.
 ORDERS = ("start", "restart", "stop", "enable")
 DIED = 77
