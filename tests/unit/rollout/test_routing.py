@@ -226,3 +226,13 @@ def test_a_full_disk_leaves_the_old_state_and_no_rubbish(routing, monkeypatch):
 
     assert routing.read() == old
     assert buckets(routing.shares) == {"rest-0"}
+
+
+def test_a_directory_in_place_of_a_shortcut_is_refused(routing):
+    routing.switch(state())
+    link = routing.current / "blue-live"
+    link.unlink()
+    link.mkdir()
+
+    with pytest.raises(RoutingBroken, match="a link blue-live that doesn't fit"):
+        routing.read()
