@@ -53,3 +53,10 @@ def read(path: Path, last: int | None = None) -> list[dict[str, Any]]:
         if isinstance(entry, dict):
             entries.append(entry)
     return entries if last is None else entries[max(0, len(entries) - last) :]
+
+
+def has_switched(entry: dict[str, Any]) -> bool:
+    """Whether an entry is that of a command which changed the live colour."""
+    # A command that was refused did nothing: what changed meanwhile was another's doing.
+    after = entry.get("live_after")
+    return entry.get("outcome") in ("done", "failed") and after is not None and after != entry.get("live_before")

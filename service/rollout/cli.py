@@ -40,6 +40,7 @@ or step by step, compared with the live colour, and back by itself where it does
 """
 
 
+_TURN_SECONDS = 5.0
 _URGENT = ("rollback", "abort", "pause", "resume", "promote", "maintenance")
 
 
@@ -417,12 +418,16 @@ def _watch(config: configuration.Config, engine: Engine, *, settle: bool) -> Res
         return Watch(config, engine.who).run()
     if host.shutting_down():
         return Result("the host shuts down; a rollout goes on after the boot")
+    # One turn at the lock: a command may have started the watch in vain, since it was still ending, and may put its
+    # rollout on record at this moment. Where the watch is started later, systemd waits with that for the end of this.
+    Engine(config, engine.who, lock_wait=_TURN_SECONDS).run("watch", lambda: Result("waited"), quiet=True)
     ended = os.environ.get("SERVICE_RESULT")
     if ended == "success" and plan.under_way(config.rollout_file, engine.routing.read()):
         # A rollout that began while the last one's watch was just about to end.
-        answer = host.run(["systemctl", "start", "--no-block", config.rollout_unit])
-        if answer.returncode == 0:
+        complaint = host.start_soon(config.rollout_unit)
+        if complaint is None:
             return Result("the next rollout is under way", changed=True)
+        progress(f"{config.rollout_unit} can't be started: {complaint}")
     why = f"its watch ended ({ended})" if ended else "its watch is gone"
     engine.lock_wait = max(engine.lock_wait, 60.0)
     if plan.under_way(config.rollout_file, engine.routing.read()) is None:

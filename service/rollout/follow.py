@@ -9,7 +9,7 @@ from typing import Any
 from rollout import plan
 from rollout.config import Config
 from rollout.report import Result, progress
-from rollout.routing import Routing
+from rollout.routing import Routing, RoutingBroken, State
 
 _POLL_SECONDS = 0.5
 _REPEAT_SECONDS = 10.0
@@ -23,18 +23,19 @@ def follow(config: Config, seconds: float | None) -> Result:
         present = plan.read(config.rollout_file)
         if present is None:
             return Result("there never was a rollout", details={"ended": True})
-        details: dict[str, Any] = {"rollout": plan.as_details(present), "ended": not present.under_way}
+        state = _state(config)
+        details: dict[str, Any] = {"rollout": plan.as_details(present, state), "ended": not present.under_way}
         if not present.under_way:
             well = present.phase == plan.DONE
             state = Routing(config.routing_dir, config.colours).read()
             live = state.live if state else "nothing"
-            back = "back on " if not well and live == present.source else ""
+            back = "back on " if present.went_back and live == present.source else ""
             message = (
                 f"rollout {present.number} of release {present.target_release}: {present.describe()}; "
                 f"{back}{live}{'' if back else ' is live'}"
             )
             return Result(message, ok=well, changed=well, exit_status=0 if well else 1, details=details)
-        text = _report(config, present)
+        text = _report(config, present, state)
         if until is not None and time.monotonic() >= until:
             return Result(text, details=details)
         if text != shown and (shown is None or time.monotonic() >= shown_at + _REPEAT_SECONDS):
@@ -43,13 +44,21 @@ def follow(config: Config, seconds: float | None) -> Result:
         time.sleep(_POLL_SECONDS)
 
 
-def _report(config: Config, present: plan.Plan) -> str:
+def _state(config: Config) -> State | None:
+    try:
+        return Routing(config.routing_dir, config.colours).read()
+    except RoutingBroken:
+        return None
+
+
+def _report(config: Config, present: plan.Plan, state: State | None) -> str:
     """The plan in words, and what the watch found at its last look."""
+    text = present.describe(state)
     try:
         about = json.loads(config.rollout_report_file.read_bytes())
-        if about["rollout"] != present.number or about["text"] != present.describe():
-            return present.describe()
+        if about["rollout"] != present.number or about["text"] != text:
+            return text
         found = "; ".join(f"{check['name']} {check['verdict']} ({check['text']})" for check in about["checks"])
-        return f"{about['text']}; {about['left_seconds']} s left; {found}"
+        return f"{text}; {about['left_seconds']} s left; {found}"
     except (OSError, ValueError, KeyError, TypeError):
-        return present.describe()
+        return text

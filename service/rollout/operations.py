@@ -301,8 +301,8 @@ class Engine:
             return Result(f"{name} holds {title_of(ready)} already and is ready", outcome="nothing", details=details)
         if present is not None:
             return Result(
-                f"{title} isn't placed: a rollout is under way, {present.describe()}; run this again when that is over "
-                f"('appliance promote' or 'appliance abort' ends it)",
+                f"{title} isn't placed: a rollout is under way, {present.describe(state)}; run this again when that is "
+                f"over ('appliance promote' or 'appliance abort' ends it)",
                 outcome="nothing",
                 details=details | {"pending": True},
             )

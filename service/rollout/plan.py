@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     neither, somebody switched by hand and the plan is over. `first` is the state from before it all. `mark` begins the
     ids of its own requests. `asked` is an order that `watch` hasn't carried out yet. `boot` is the boot of the host in
     which it was begun, None where an older engine began it. `cause` is a word for why traffic went back, None where it
-    didn't. Times are RFC 3339.
+    didn't. `earlier` says how an earlier rollout of the same release went back. Times are RFC 3339.
     """
 
     number: int
@@ -44,12 +44,24 @@ class Plan(NamedTuple):
     reason: str | None = None
     boot: str | None = None
     cause: str | None = None
+    earlier: str | None = None
 
     @property
     def went_back(self) -> bool:
         """Whether traffic was taken from the new colour again."""
         # An older engine recorded no cause.
         return self.phase == ROLLED_BACK or (self.phase == ABORTED and self.cause is not None)
+
+    @property
+    def taken_back(self) -> str | None:
+        """How traffic was taken from the new colour by this rollout, or by an earlier one since which it got none."""
+        if self.went_back:
+            return self.describe()
+        return None if self.phase in (DONE, SUPERSEDED) else self.earlier
+
+    def unswitched(self, state: State) -> bool:
+        """Whether the switch to the new colour is on record and hasn't happened: whoever was about to make it died."""
+        return self.phase == BAKE and state.live != self.target
 
     @property
     def under_way(self) -> bool:

@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from rollout import host, plan, requestmark
+from rollout import audit, host, plan, requestmark
 from rollout.colour import HEALTHY
 from rollout.errors import ApplianceError, Failed, NotHealthy, Refused, UsageError, describe_os_error
 from rollout.operations import Engine, title_of
@@ -64,7 +64,7 @@ class Rollouts:
         """Give the idle colour its first share of users; `appliance watch` goes on from there."""
         found = self.under_way()
         if found:
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
         state = self.routing.read()
         if state is None:
             raise Refused(f"no colour is live: run 'appliance init {to or self.config.colours[0]}' first")
@@ -88,12 +88,12 @@ class Rollouts:
         if steps[0] == 100:
             return self.go_live("canary", fresh, state)
         with self.engine.interrupts.hold():
-            written = self._write(fresh._replace(state=self._next_state()))
+            self._start_watch()
+            written = fresh._replace(state=self._next_state())
             try:
-                self._start_watch()
-                self.set_split(written, state, steps[0], "canary")
+                self.set_split(self._write(written), state, steps[0], "canary")
             except BaseException as fault:
-                self.end(written._replace(before=state.number, state=state.number), plan.ABORTED, str(fault))
+                self._fall_back(fresh, state.number, str(fault))
                 raise
             self.engine.interrupts.disarm()
         return Result(
@@ -105,6 +105,7 @@ class Rollouts:
 
     def _plan(self, state: State, target: str, target_release: int, steps: tuple[int, ...]) -> Plan:
         last = plan.read(self.config.rollout_file)
+        again = last is not None and (last.target, last.target_release) == (target, target_release)
         return Plan(
             number=last.number + 1 if last else 1,
             source=state.live,
@@ -120,13 +121,14 @@ class Rollouts:
             since=now(),
             steps=steps,
             boot=host.boot(),
+            earlier=last.taken_back if last and again else None,
         )
 
     def swap(self, to: str | None = None, *, dry_run: bool = False) -> Result:
         """Make the idle colour live at once, and have it watched."""
         found = self.under_way()
         if found and found[0].phase == plan.CANARY:
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
         state = self.routing.read()
         if dry_run or state is None or not self.config.bake_seconds:
             return self.engine.swap(to, dry_run=dry_run)
@@ -141,11 +143,12 @@ class Rollouts:
         return self.routing.next_number()
 
     def _start_watch(self) -> None:
-        # It waits for the lock before it looks at anything.
+        """Before a plan is on record, so that none ever is without its watch. Raises Failed."""
+        # It waits for the lock before it looks at anything, and so for the plan.
         unit = self.config.rollout_unit
-        answer = host.run(["systemctl", "start", "--no-block", unit])
-        if answer.returncode != 0:
-            raise Failed(f"{unit} can't be started, so nobody would watch: {answer.stderr.strip()}; run site.yml again")
+        complaint = host.start_soon(unit)
+        if complaint:
+            raise Failed(f"{unit} can't be started, so nobody would watch: {complaint}; run site.yml again")
 
     # Going on
 
@@ -165,9 +168,9 @@ class Rollouts:
         # Whoever began the plan has seen to the load test: it mustn't come between a canary's step and the next.
         release, examples = self.engine.check(present.target, ("ready",))
         watched = present._replace(phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
-        self._write(watched)
+        self._start_watch()
         try:
-            self._start_watch()
+            self._write(watched)
             result = self.engine.switch(command, present.target, release, examples, state)
         except BaseException as fault:
             back = self.routing.read()
@@ -208,7 +211,7 @@ class Rollouts:
                 details={"live": present.target, "release": present.target_release, "state": state.number},
             )
         if present.paused:
-            return Result(present.describe(), outcome="nothing")
+            return Result(present.describe(state), outcome="nothing")
         step = len(present.steps) - 1 if present.asked == "promote" else present.step + 1
         percent = present.steps[step]
         if percent == 100:
@@ -225,18 +228,21 @@ class Rollouts:
         """Pause, resume or promote the rollout under way; `appliance watch` carries it out."""
         present, state = self._needed()
         details = {"live": state.live, "state": state.number, "release": present.target_release}
+        if what == "promote" and present.unswitched(state):
+            self._start_watch()
+            raise Refused(f"can't be promoted: {present.describe(state)}; its watch ends it, then swap again")
         if what == "promote":
             changed = present._replace(asked="promote", paused=False)
         elif present.phase != plan.CANARY:
-            raise Refused(f"only a canary can be paused; {present.describe()}")
+            raise Refused(f"only a canary can be paused; {present.describe(state)}")
         else:
             changed = present._replace(paused=what == "pause")
         if changed == present:
-            return Result(f"nothing to do; {present.describe()}", outcome="nothing", details=details)
+            return Result(f"nothing to do; {present.describe(state)}", outcome="nothing", details=details)
         self._write(changed)
-        # One that was killed between the plan and its watch has none.
+        # An older engine that was killed between the plan and its watch has left it without one.
         self._start_watch()
-        return Result(f"{what} is on record; {changed.describe()}", changed=True, details=details)
+        return Result(f"{what} is on record; {changed.describe(state)}", changed=True, details=details)
 
     # Back
 
@@ -248,6 +254,7 @@ class Rollouts:
     def give_back(self, number: int, phase: str, reason: str, cause: str) -> Result:
         """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back.
 
+        A rollout whose colour never got any has nothing to send back: it is aborted, and nothing is counted.
         The result isn't ok, with exit status 3, where the colour that traffic is back on doesn't answer.
         """
         present, state = self._needed()
@@ -273,7 +280,8 @@ class Rollouts:
         except ApplianceError as fault:
             wrong = fault.message
         number, moment = state.number, None
-        if not stays or state.split:
+        goes_back = not stays or state.split > 0
+        if goes_back:
             try:
                 written, moment = self.routing.switch(wanted)
                 number = written.number
@@ -281,7 +289,8 @@ class Rollouts:
                 # A full disk: the state from before it all is still there and complete.
                 moment = self.routing.point_to(present.first)
                 number = present.first
-        ended = present._replace(before=number, state=number, cause=cause)
+        ended = present._replace(before=number, state=number, cause=cause if goes_back else None)
+        phase = phase if goes_back else plan.ABORTED
         try:
             ended = self.end(ended, phase, reason)
         except OSError as error:
@@ -290,7 +299,7 @@ class Rollouts:
         wrong = wrong or self.engine.front_door.answers_as(present.source, body)
         first_ms = None if wrong or moment is None else round((time.monotonic() - moment) * 1000, 1)
         return Result(
-            f"{ended.describe()}; all traffic is back on {present.source}"
+            f"{ended.describe()}; all traffic is {'back' if goes_back else 'still'} on {present.source}"
             + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else "")
             + (f"; first answer {first_ms:g} ms after the switch" if first_ms is not None else ""),
             ok=not wrong,
@@ -300,7 +309,7 @@ class Rollouts:
                 "live": present.source,
                 "state": number,
                 "release": present.source_release,
-                "cause": cause,
+                "cause": ended.cause,
                 "switch_ms": first_ms,
                 "switched_at": None if moment is None else round(time.time() - (time.monotonic() - moment), 6),
             },
@@ -333,29 +342,33 @@ class Rollouts:
         found = self.under_way()
         if to is not None:
             return self._rollback_to(to, dry_run=dry_run)
-        if found and found[0].phase == plan.CANARY:
+        # A promotion that died before its switch is a canary to its users.
+        if found and (found[0].phase == plan.CANARY or 0 < found[0].percent_by(found[1]) < 100):
             if dry_run:
                 return Result(f"would send everybody back to {found[0].source}", details={"would_change": True})
             reason, number = self.engine.reason or "rolled back by hand", found[0].number
             return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
-        if not found:
-            self._refuse_what_went_back()
+        self._refuse_what_went_back()
         result = self.engine.rollback(dry_run=dry_run)
         if found and result.changed:
+            if found[0].unswitched(found[1]):
+                # No traffic goes back from its colour, which may even be the one that is live now.
+                return self._end_after(result, found[0], plan.SUPERSEDED, "rolled back by hand before its switch")
             reason = self.engine.reason or "rolled back by hand"
             return self._end_after(result, found[0]._replace(cause="by hand"), plan.ROLLED_BACK, reason)
         return result
 
     def _refuse_what_went_back(self) -> None:
-        """Raise Refused where a rollback would return to what the last rollout took traffic from."""
+        """Raise Refused where a rollback would return to what a rollout took traffic from."""
         last, state = plan.read(self.config.rollout_file), self.routing.read()
-        if last is None or state is None or not last.went_back:
+        why = last.taken_back if last else None
+        if last is None or state is None or why is None:
             return
         if (state.previous, state.previous_release) == (last.target, last.target_release):
             number = last.target_release
             raise Refused(
                 f"can't roll back to {last.target}: traffic went back from its release {number} to {last.source} "
-                f"already ({last.describe()}); 'appliance rollback --to RELEASE' goes to an older release, and "
+                f"already ({why}); 'appliance rollback --to RELEASE' goes to an older release, and "
                 f"--to {number} to this one all the same"
             )
 
@@ -368,9 +381,15 @@ class Rollouts:
         if self.engine.number_on(state.live) == number and not found:
             return Result(f"{state.live} is live with release {number} already", outcome="nothing")
         if found:
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
+        release = self.engine.releases.get(number)
+        if self.engine.owes_gate(number) and not self._was_live(number):
+            raise Refused(
+                f"can't roll back to release {number}: it has never been live and hasn't passed the load test; "
+                f"'appliance deploy {idle} --bundle {release.bundle} --image {release.image}' puts that on it, and "
+                f"'appliance swap' makes it live then"
+            )
         if self.engine.number_on(idle) != number:
-            release = self.engine.releases.get(number)
             placed = self.engine.deploy(idle, Path(release.bundle), release.image_id, gated=False, dry_run=dry_run)
             if dry_run:
                 return placed
@@ -382,12 +401,17 @@ class Rollouts:
             return self.engine.would_switch("rollback", idle, release, examples, state)
         return self.engine.switch("rollback", idle, release, examples, state)
 
+    def _was_live(self, number: int) -> bool:
+        """Whether a release was live before all routing states that are kept; a rollback has no load test to ask."""
+        entries = audit.read(self.config.audit_file)
+        return any(entry.get("release") == number and audit.has_switched(entry) for entry in entries)
+
     def settle(self, reason: str) -> Result:
         """Send traffic back where a rollout is under way that nobody watches any more."""
         found = self.under_way()
         if found is None:
             return Result("no rollout is under way", outcome="nothing")
-        progress(f"{found[0].describe()}, and nobody watches it: {reason}")
+        progress(f"{found[0].describe(found[1])}, and nobody watches it: {reason}")
         return self.give_back(found[0].number, plan.ROLLED_BACK, reason, "unwatched")
 
     # By hand
@@ -413,7 +437,7 @@ class Rollouts:
             raise Refused("no colour is live: deploy a release and run 'appliance init COLOUR'")
         found = self.under_way()
         if found and command == "split":
-            raise Refused(_in_the_way(found[0]))
+            raise Refused(_in_the_way(*found))
         said = _said(state._replace(**changes), self.config.other(state.live))
         if state._replace(**changes) == state:
             return Result(f"{said[command]} already", outcome="nothing", details={"state": state.number})
@@ -441,8 +465,8 @@ def _said(state: State, idle: str) -> dict[str, str]:
     }
 
 
-def _in_the_way(present: Plan) -> str:
+def _in_the_way(present: Plan, state: State) -> str:
     return (
-        f"a rollout is under way: {present.describe()}; 'appliance promote' ends it well, 'appliance abort' sends "
+        f"a rollout is under way: {present.describe(state)}; 'appliance promote' ends it well, 'appliance abort' sends "
         f"everybody back to {present.source}"
     )

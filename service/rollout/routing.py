@@ -95,7 +95,7 @@ class Routing:
         for flag, said in self._shortcuts(state).items():
             # States of earlier versions have none.
             if os.path.lexists(directory / flag) and (
-                said is None or not (directory / flag).is_dir() or os.readlink(directory / flag) != said
+                said is None or not (directory / flag).is_dir() or self._target_of(directory / flag) != said
             ):
                 raise self._broken(f"leads to a link {flag} that doesn't fit its state.json")
         if (directory / "maintenance").is_file() != state.maintenance:
@@ -114,6 +114,14 @@ class Routing:
             if state.split:
                 links[f"{state.live}-idle"] = f"../../shares/{state.split}"
         return links
+
+    @staticmethod
+    def _target_of(link: Path) -> str | None:
+        """Where a link leads to; None where it can't be read, or is no link."""
+        try:
+            return os.readlink(link)
+        except OSError:
+            return None
 
     @staticmethod
     def _share_of(link: Path) -> int | None:

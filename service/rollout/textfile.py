@@ -99,14 +99,14 @@ def _of_routing(config: Config, state: State | None, releases: Releases) -> Iter
 
 def _of_history(entries: list[dict[str, Any]]) -> Iterator[str]:
     """What the audit log tells: it only grows, and so do the counters."""
-    switches = [entry for entry in entries if _has_switched(entry)]
+    switches = [entry for entry in entries if audit.has_switched(entry)]
     commands = Counter(str(entry.get("command")).partition(" ")[0] for entry in switches)
     # Always there: without a series from before, the first rollback would be no change.
     reasons = Counter({"by hand": 0})
     for entry in entries:
         if entry.get("cause"):
             reasons[str(entry["cause"])] += 1
-        elif entry.get("command") == "rollback" and _has_switched(entry):
+        elif entry.get("command") == "rollback" and audit.has_switched(entry):
             reasons["by hand"] += 1
     yield _family(
         "appliance_switches_total",
@@ -124,12 +124,6 @@ def _of_history(entries: list[dict[str, Any]]) -> Iterator[str]:
         moment, seconds = _measured(switches[-1])
         yield _gauge("appliance_last_switch_timestamp_seconds", "When the live colour changed last.", moment)
         yield _gauge("appliance_last_switch_seconds", "From then to the first answer.", seconds)
-
-
-def _has_switched(entry: dict[str, Any]) -> bool:
-    # A command that was refused did nothing: what changed meanwhile was another's doing.
-    after = entry.get("live_after")
-    return entry.get("outcome") in ("done", "failed") and after is not None and after != entry.get("live_before")
 
 
 def _measured(entry: dict[str, Any]) -> tuple[float | None, float | None]:

@@ -22,6 +22,7 @@ from rollout.operations import Engine
 from rollout.plan import Plan
 from rollout.report import Result, progress
 from rollout.rollouts import Rollouts
+from rollout.routing import RoutingBroken, State
 from rollout.text import tidy
 from rollout.unixhttp import ExchangeError, UnixConnection, exchange
 
@@ -96,10 +97,16 @@ class Watch:
                 left = Rollouts(self._engine()).under_way() is not None and not host.shutting_down()
                 return Result(last, ok=not left, exit_status=int(left))
 
+    def _state(self) -> State | None:
+        try:
+            return self._engine().routing.read()
+        except RoutingBroken:
+            return None
+
     def _look(self, engine: Engine) -> Result:
         found = Rollouts(engine).under_way()
         # Whoever put it on record died before the switch.
-        self._unswitched = found is not None and found[0].phase == plan.BAKE and found[1].live != found[0].target
+        self._unswitched = found is not None and found[0].unswitched(found[1])
         self._present = found[0] if found and not self._unswitched else None
         return Result("looked", outcome="nothing")
 
@@ -113,12 +120,12 @@ class Watch:
     def _carry_out(self, begun: Plan) -> str:
         """One rollout to its end, which is returned in words."""
         trial = Trial(self.config, begun)
-        progress(begun.describe())
+        progress(begun.describe(self._state()))
         try:
             while True:
                 present = plan.read(self.config.rollout_file)
                 if present is None or present.number != begun.number or not present.under_way:
-                    return present.describe() if present else "the plan is gone"
+                    return present.describe(self._state()) if present else "the plan is gone"
                 if self._stopped.is_set():
                     if host.shutting_down():
                         return "the host shuts down; it goes on after the boot"
@@ -205,7 +212,7 @@ class Watch:
     def _report(self, present: Plan, trial: Trial, checks: list[Check], verdict: str) -> None:
         about = {
             "rollout": present.number,
-            "text": present.describe(),
+            "text": present.describe(self._state()),
             "verdict": verdict,
             "left_seconds": round(max(0.0, trial.wanted_seconds - trial.elapsed)),
             "checks": [asdict(check) for check in checks],

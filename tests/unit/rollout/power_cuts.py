@@ -6,7 +6,11 @@ import itertools
 import os
 import shutil
 
-CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "symlink", "unlink", "rmdir")
+from rollout import host
+
+CALLS = ("open", "write", "fsync", "close", "mkdir", "chmod", "fchmod", "rename", "link", "symlink", "unlink", "rmdir")
+# What systemctl changes.
+ORDERS = ("start", "restart", "stop", "enable")
 DIED = 77
 
 
@@ -46,8 +50,8 @@ def in_child(function, die_at, before):
 def cuts(function, again):
     """Yield for each cut in `function`, the last of which is at its end; `again` puts everything back before each.
 
-    Cuts are before each call that changes the file system, and in the midst of each write: between those nothing is
-    changed that another process could see.
+    Cuts are before each call that changes the file system or has systemd change something, and in the midst of each
+    write: between those nothing is changed that another process could see.
     """
     for number in itertools.count(1):
         again()
@@ -79,10 +83,19 @@ def _until_cut(function, number):
 
         return call
 
+    def ordered(real):
+        def call(command, *more):
+            if command[1] in ORDERS:
+                moment()
+            return real(command, *more)
+
+        return call
+
     status = 1
     try:
         for name in CALLS:
             setattr(os, name, wrap(name, getattr(os, name)))
+        host.run = ordered(host.run)
         function()
         status = 0
     finally:

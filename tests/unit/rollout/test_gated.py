@@ -271,3 +271,38 @@ def test_a_rollback_never_waits_for_a_load_test(gated):
     assert box.run("rollback", "--to", "1", "--dry-run").status == 0
     assert box.run("rollback", "--to", "1").status == 0 and box.state.live == "blue"
     assert len(gated.loads) == loads and gated.verdict(4) == ("skipped", "alice")
+
+
+def test_a_rollback_to_a_release_isnt_a_way_around_the_load_test(gated):
+    box = gated.box
+    gated.locust(p99_ms=3000)
+    assert box.deploy("green", box.bundle("2.0.0", 0.75)).status == 1 and gated.verdict(2)[0] == "failed"
+    gated.killed("3.0.0")
+    loads, before = gated.loads, box.snapshot()
+    # Placed nowhere and condemned; on green and never tested to the end.
+    for number in (2, 3):
+        for more in ([], ["--dry-run"]):
+            answer = box.run("rollback", "--to", number, *more)
+            assert answer.status == 1 and f"to release {number}: it has never been live" in answer.message
+            assert "appliance deploy" in answer.message and "load test" in answer.message
+    assert "release 9 has no record" in box.run("rollback", "--to", "9").message
+    assert box.snapshot() == before and gated.loads == loads
+    assert {path.name for path in (box.state_dir / "releases").iterdir()} == {"1", "2", "3"}
+    box.configure(gate={"enabled": False})
+    assert box.run("rollback", "--to", "3").status == 0, "who doesn't want a gate has none"
+
+
+def test_what_was_live_before_all_states_that_are_kept_may_be_rolled_back_to(gated):
+    box = gated.ungated().box
+    box.configure(gate={"enabled": False})
+    assert box.run("swap").status == 0 and box.run("swap").status == 0
+    box.configure(gate={"enabled": True})
+    for flag in ("on", "off") * 26:
+        assert box.run("maintenance", flag).status == 0
+    engine = box.engine()
+    engine.routing.switch(engine.routing.read()._replace(previous=None, previous_release=None))
+    engine.routing.prune()
+    assert engine.owes_gate(2)
+    gated.locust("exit 1")
+    answer = box.run("rollback", "--to", "2")
+    assert answer.status == 0 and box.state.live == "green", answer.message

@@ -11,7 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from rollout import config, host, plan, watch
+from rollout import config, files, host, operations, plan, watch
+from rollout.errors import Failed
+from rollout.operations import Engine
 from rollout.rollouts import Rollouts
 from rollout.routing import Routing
 from rollout.watch import Watch
@@ -357,11 +359,94 @@ def test_a_rollback_isnt_refused_for_a_switch_that_never_happened(rollout):
     assert answer.status == 0 and rollout.state.live == "blue", answer.message
 
 
+def killed_before_its_switch(box):
+    """A swap whose process dies when its plan is on record and nothing has moved yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "switch", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+        patch.setattr(Rollouts, "_fall_back", lambda *_: None)
+        with pytest.raises(SystemExit):
+            Rollouts(box.engine()).swap()
+    assert present(box).phase == plan.BAKE and box.state.live == "blue"
+
+
+@pytest.mark.parametrize("ends", ["killed", "settled", "failed"])
+def test_a_swap_that_never_happened_doesnt_open_the_way_to_what_was_taken_back(rollout, ends):
+    rollout.configure(bake_seconds=20)
+    faulty(rollout, "some-500").run("swap")
+    carry_out(rollout)
+    why = present(rollout).reason
+    # Nothing but what is on record tells that it was bad.
+    rollout.host.running["green"].faults.clear()
+    assert rollout.run("rollback").status == 1
+    # Twice: what is known of the first rollout outlasts any number of such swaps.
+    for _ in range(2):
+        if ends == "failed":
+            rollout.door.faults.add("green")
+            assert rollout.run("swap").status == 1
+            rollout.door.faults.clear()
+        else:
+            killed_before_its_switch(rollout)
+        if ends == "settled":
+            assert rollout.run("watch", "--settle").status == 0
+        before = rollout.snapshot()
+        for more in ([], ["--dry-run"]):
+            answer = rollout.run("rollback", *more)
+            assert answer.status == 1 and "can't roll back to green" in answer.message, answer.message
+            assert why in answer.message and "--to 3" in answer.message
+        assert rollout.snapshot() == before and rollout.state.live == "blue"
+
+
+def test_a_rollback_while_a_swap_hangs_before_its_switch_goes_to_what_served_well(rollout):
+    rollout.configure(bake_seconds=0)
+    rollout.run("swap")
+    rollout.run("swap")
+    rollout.configure(bake_seconds=20)
+    killed_before_its_switch(rollout)
+    answer = rollout.run("rollback")
+    assert answer.status == 0 and rollout.state.live == "green", answer.message
+    # It isn't traffic that went back, and nobody watches a rollback.
+    assert present(rollout).phase == plan.SUPERSEDED and not present(rollout).went_back
+    assert Rollouts(rollout.engine()).under_way() is None
+
+
+@pytest.mark.parametrize("how", [["watch", "--settle"], ["watch"], ["abort"]], ids=["settle", "watch", "abort"])
+def test_a_switch_that_never_happened_is_no_traffic_that_went_back(rollout, how):
+    rollout.configure(bake_seconds=0)
+    rollout.run("swap")
+    rollout.run("swap")
+    rollout.configure(bake_seconds=20)
+    killed_before_its_switch(rollout)
+    answer = rollout.run(*how)
+    assert answer.status == 0 and "all traffic is still on blue" in answer.message, answer.message
+    ended = present(rollout)
+    assert (ended.phase, ended.cause, ended.went_back) == (plan.ABORTED, None, False)
+    assert rollout.audit()[-1]["cause"] is None
+    metrics = (rollout.root / "appliance.prom").read_text()
+    assert 'reason="unwatched"' not in metrics and 'appliance_rollbacks_total{reason="by hand"} 0.0' in metrics
+    assert "back on" not in rollout.run("follow").message
+    # The way out in an emergency is open.
+    answer = rollout.run("rollback")
+    assert answer.status == 0 and rollout.state.live == "green", answer.message
+
+
+def test_a_rollback_after_a_promotion_that_was_killed_sends_everybody_back(rollout):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    canary(rollout, "--steps", "50,100")
+    begun = present(rollout)
+    unswitched = begun._replace(phase=plan.BAKE, before=begun.state, state=begun.state + 1)
+    plan.write(rollout.state_dir / "rollout.json", unswitched)
+    told = rollout.run("rollback", "--dry-run")
+    assert told.status == 0 and "would send everybody back to blue" in told.message
+    assert rollout.run("rollback").status == 0
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    assert present(rollout).phase == plan.ROLLED_BACK and present(rollout).went_back
+
+
 def test_a_plan_of_an_older_engine_can_be_read(rollout):
     rollout.configure(bake_seconds=20)
     rollout.run("swap")
     path = rollout.state_dir / "rollout.json"
-    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("boot", "cause")}
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("boot", "cause", "earlier")}
     path.write_text(json.dumps(raw))
     assert Rollouts(rollout.engine()).under_way() is not None
     plan.write(path, present(rollout)._replace(phase=plan.ROLLED_BACK))
@@ -420,6 +505,61 @@ def test_status_tells_the_share_that_users_have(rollout):
     plan.write(rollout.state_dir / "rollout.json", begun._replace(phase=plan.BAKE))
     status = rollout.run("status")
     assert "green (release 2) isn't live yet" in status.message and status.json["rollout"]["percent"] == 0
+
+
+def test_an_interrupt_while_a_rollout_is_put_on_record_leaves_none(rollout, monkeypatch):
+    rollout.configure(bake_seconds=20)
+    before, real = rollout.snapshot(), files.fsync_directory
+
+    def interrupted(path):
+        real(path)
+        if path == rollout.state_dir and present(rollout).under_way:
+            os.kill(os.getpid(), watch.signal.SIGINT)
+
+    monkeypatch.setattr(files, "fsync_directory", interrupted)
+    answer = rollout.run("swap")
+    assert answer.status == 1 and answer.message == "interrupted by SIGINT; nothing was changed"
+    assert present(rollout).phase == plan.ABORTED and rollout.snapshot() == before
+
+
+def test_a_rollout_that_is_put_on_record_while_the_last_watch_ends_gets_another(rollout, monkeypatch):
+    real, before = operations.exclusive, len(rollout.host.calls)
+
+    def in_turn(*arguments, **options):
+        # Whoever has the lock has started the unit in vain, for it hadn't ended yet, and writes the plan now.
+        monkeypatch.setattr(operations, "exclusive", real)
+        assert canary(rollout).status == 0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(operations, "exclusive", in_turn)
+    monkeypatch.setenv("SERVICE_RESULT", "success")
+    answer = rollout.run("watch", "--settle")
+    assert (answer.status, answer.message) == (0, "the next rollout is under way")
+    assert rollout.host.calls[before:].count(["systemctl", "start", "--no-block", "appliance-rollout.service"]) == 2
+    assert rollout.state.split == 1
+
+
+def test_no_message_calls_a_colour_live_that_isnt(rollout):
+    rollout.configure(bake_seconds=20)
+    killed_before_its_switch(rollout)
+    said = "bake: green (release 2) isn't live yet, and serves 0 % of users"
+    answers = [
+        rollout.deploy("green", rollout.bundle("3.0.0")),
+        canary(rollout),
+        rollout.run("split", "5"),
+        rollout.run("rollback", "--to", "1"),
+        rollout.run("pause"),
+        rollout.run("follow", "--seconds", "0"),
+    ]
+    for answer in answers:
+        assert said in answer.message, answer.message
+    assert answers[-1].json["rollout"]["text"] == said and answers[-1].json["rollout"]["percent"] == 0
+    # There is nothing to promote; whoever watches ends it.
+    before = len(rollout.host.calls)
+    answer = rollout.run("promote")
+    assert answer.status == 1 and said in answer.message and "swap again" in answer.message
+    assert ["systemctl", "start", "--no-block", "appliance-rollout.service"] in rollout.host.calls[before:]
+    assert said in rollout.run("watch", "--settle").err
 
 
 def test_orders_without_a_rollout_are_refused(rollout):
@@ -635,3 +775,38 @@ def test_maintenance_outlasts_a_swap_and_a_split_doesnt(rollout):
     swapped = rollout.run("swap")
     assert swapped.status == 0 and "rollout" not in swapped.json
     assert (rollout.state.live, rollout.state.split, rollout.state.maintenance) == ("green", 0, True)
+
+
+def test_traffic_goes_back_also_where_systemd_doesnt_answer(rollout, monkeypatch):
+    rollout.configure(bake_seconds=20)
+    monkeypatch.setenv("SERVICE_RESULT", "success")
+    assert rollout.run("swap").status == 0
+
+    def silent(command, timeout=0.0):
+        if command[0] == "systemctl" and command[1] in ("is-system-running", "start"):
+            assert 0 < timeout <= 10, "systemd has its own patience with what settles"
+            raise Failed(f"{command[1]} didn't end")
+        return real(command, timeout)
+
+    real = host.run
+    monkeypatch.setattr(host, "run", silent)
+    answer = rollout.run("watch", "--settle")
+    assert answer.status == 0 and rollout.state.live == "blue", answer.message
+    assert present(rollout).phase == plan.ROLLED_BACK
+
+
+def test_a_watch_that_is_stopped_sends_traffic_back_also_where_systemd_doesnt_answer(rollout, monkeypatch):
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout)
+    real = host.run
+
+    def silent(command, *more):
+        if "is-system-running" in command:
+            raise Failed("systemctl didn't end")
+        return real(command, *more)
+
+    monkeypatch.setattr(host, "run", silent)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), watch.signal.SIGTERM))
+    timer.start()
+    assert carry_out(rollout).ok
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.state.split == 0

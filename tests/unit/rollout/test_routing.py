@@ -190,7 +190,7 @@ def test_a_crash_at_any_call_leaves_the_old_or_the_new_share(tmp_path, before):
             assert buckets(routing.directory) <= {"current", "states", "shares"}
             assert {path.name for path in routing.shares.glob("*")} <= {"1", "2", "rest-0"}, "no rubbish stays"
         if status == 0:
-            assert die_at > 25
+            assert die_at > 55
             return
         assert status == DIED
     raise AssertionError("the switch never came to its end")
@@ -226,3 +226,13 @@ def test_a_full_disk_leaves_the_old_state_and_no_rubbish(routing, monkeypatch):
 
     assert routing.read() == old
     assert buckets(routing.shares) == {"rest-0"}
+
+
+def test_a_directory_in_place_of_a_shortcut_is_refused(routing):
+    routing.switch(state())
+    link = routing.current / "blue-live"
+    link.unlink()
+    link.mkdir()
+
+    with pytest.raises(RoutingBroken, match="a link blue-live that doesn't fit"):
+        routing.read()

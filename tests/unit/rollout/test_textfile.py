@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 
@@ -130,8 +131,17 @@ def test_a_host_without_node_exporter(box, tmp_path):
 
 def test_writers_take_turns(box, out, monkeypatch):
     monkeypatch.setattr(textfile, "_WAIT_SECONDS", 20)
-    engine, seen = box.engine(), []
-    inside, go_on = threading.Event(), threading.Event()
+    engine, seen, flock = box.engine(), [], fcntl.flock
+    inside, go_on, come = (threading.Event() for _ in range(3))
+
+    def locked(*arguments):
+        try:
+            flock(*arguments)
+        except BlockingIOError:
+            come.set()
+            raise
+
+    monkeypatch.setattr(fcntl, "flock", locked)
 
     def first():
         inside.set()
@@ -141,6 +151,7 @@ def test_writers_take_turns(box, out, monkeypatch):
 
     def second():
         seen.append("second")
+        come.set()
         return {"phase": "bake"}
 
     threads = []
@@ -149,6 +160,7 @@ def test_writers_take_turns(box, out, monkeypatch):
         threads.append(threading.Thread(target=textfile.write, args=arguments, daemon=True))
         threads[-1].start()
         assert inside.wait(20)
+    assert come.wait(20) and seen == [], "the second waits while the first is at it"
     go_on.set()
     for thread in threads:
         thread.join(20)
