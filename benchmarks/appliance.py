@@ -11,6 +11,7 @@ import asyncio
 import os
 import re
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "load")]
 
-from swap_client import DEFAULT_BODY, DEFAULT_URL, Settings, Summary, loopback_address, percentile  # noqa: E402
+from swap_client import DEFAULT_BODY, DEFAULT_URL, Settings, Summary, loopback_address  # noqa: E402
 from swap_runs import (  # noqa: E402
     RELOAD_COMMAND,
     Host,
@@ -112,7 +113,7 @@ def measure_second_run(given: argparse.Namespace) -> list[Row]:
         output = report.run(shlex.split(given.site_command), 1800, folder=ROOT)
         seconds.append(time.monotonic() - begin)
         changes.append(changed_in_recap(output))
-    middle = percentile(seconds, 0.5)
+    middle = statistics.median(seconds)
     spread = f"{min(seconds):.1f}-{max(seconds):.1f} s"
     runs = str(given.runs)
     return [

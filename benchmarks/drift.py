@@ -167,6 +167,7 @@ def judge(series: Series, queries: Sequence[str], promtool: str) -> list[dict[st
 
 
 FIRING = 'sum by (alertname, feature) (count_over_time(ALERTS{alertstate="firing"}[1d]))'
+JUDGED = "count(feature:drift_state)"
 LARGEST = (
     "max(feature:smd:1h)",
     "max(feature:smd:6h)",
@@ -179,7 +180,10 @@ def quiet_day(name: str, traffic: Traffic) -> Callable[[argparse.Namespace], lis
     """Nothing drifts: how many alerts fire nevertheless."""
 
     def measured(given: argparse.Namespace) -> list[Row]:
-        fired, *largest = judge(simulate(traffic, given.seed), [FIRING, *LARGEST], given.promtool)
+        fired, judged, *largest = judge(simulate(traffic, given.seed), [FIRING, JUDGED, *LARGEST], given.promtool)
+        # Rules that judge nothing raise nothing either.
+        if list(judged.values()) != [FEATURES]:
+            raise BenchError(f"at the end of the day the rules judge {judged or 'no'} features, not {FEATURES}")
         smd1, smd6, psi6, ks6 = (next(iter(answer.values()), float("nan")) for answer in largest)
         note = f"largest at the end: SMD {smd1:.2f} (1 h), {smd6:.2f} (6 h), PSI {psi6:.3f}, KS {ks6:.3f}"
         return [_row(name, f"{name}: alerts in 24 h", float(len(fired)), "alerts", 0.0, note, given)]

@@ -20,7 +20,9 @@ class Collector:
         connected = GaugeMetricFamily("training_connected", "Whether Kafka answers about every topic.")
         connected.add_metric([], self._service.is_connected)
         loaded = _gauge("training_reference_loaded", "Whether the live bundle brings the model's reference.")
-        rows = CounterMetricFamily("training_rows", "Messages by what they were.", labels=["model", "status"])
+        rows = CounterMetricFamily(
+            "training_rows", "Messages by what they were.", labels=["model", "status", "reference"]
+        )
         expired = CounterMetricFamily(
             "training_rows_expired", "Messages that Kafka removed before they were read.", labels=["model"]
         )
@@ -38,7 +40,7 @@ class Collector:
             if state is None:
                 continue
             for status, number in state.rows.items():
-                rows.add_metric([model, status], number)
+                rows.add_metric([model, status, published.reference.digest], number)
             expired.add_metric([model], state.expired)
             if state.last_message is not None:
                 last.add_metric([model], state.last_message)

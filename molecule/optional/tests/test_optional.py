@@ -20,10 +20,14 @@ SETTINGS = {
 TAGS = "drift,loadtest,prometheus"
 
 
-def metric(host, name):
-    """The value of the service's first series whose name and labels begin so; None where there is none."""
+def metric(host, name, label=""):
+    """The value of the service's first series of that name with that label; None where there is none."""
     lines = host.run("curl -sf http://127.0.0.1:9146/metrics").stdout.splitlines()
-    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), None)
+    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name) and label in line), None)
+
+
+def good_rows(host):
+    return metric(host, "training_rows_total", 'status="ok"')
 
 
 def query(host, expression):
@@ -32,12 +36,16 @@ def query(host, expression):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def switched_on(playbook):
+def switched_on(host, playbook, eventually):
     told = playbook("site", "--tags", TAGS, "-e", json.dumps(SETTINGS))
     assert told.returncode == 0, told.stdout[-3000:]
     yield
     told = playbook("site", "--tags", TAGS)
     assert told.returncode == 0, told.stdout[-3000:]
+    assert host.run("systemctl list-units --all --plain --no-legend 'appliance-drift*' 'appliance-load*'").stdout == ""
+    assert host.check_output("ss -Hltn 'sport = :9146 or sport = :8089'") == ""
+    assert not host.file("/etc/appliance/drift.json").exists, "it holds a password"
+    eventually(lambda: query(host, 'up{job="training"}') == [], what="a Prometheus that has forgotten the target")
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +76,7 @@ def test_without_a_broker_the_service_waits_and_says_so(host, eventually):
 def test_training_rows_become_the_reference(host, broker, eventually):
     eventually(lambda: metric(host, "training_connected") == 1, what="a connection to the broker")
     host.check_output("sh -c %s", f"{DRIFT} -m drift.simulate training --rows 5000")
-    ok = 'training_rows_total{model="simplemodel",status="ok"}'
-    eventually(lambda: metric(host, ok) == 5000, what="every row in the statistics")
+    eventually(lambda: good_rows(host) == 5000, what="every row in the statistics")
     assert metric(host, "training_consumer_lag") == 0
     # Prometheus looks once a minute: rules of windows of hours don't change faster.
     eventually(lambda: set(query(host, "feature:reference_count")) == {5000}, seconds=150, what="the rules go by them")
@@ -77,13 +84,12 @@ def test_training_rows_become_the_reference(host, broker, eventually):
 
 def test_what_is_known_outlasts_the_service_and_the_broker(host, broker, eventually):
     host.check_output("systemctl kill --signal=KILL appliance-drift")
-    ok = 'training_rows_total{model="simplemodel",status="ok"}'
-    eventually(lambda: metric(host, ok) == 5000, what="the same statistics after kill -9")
+    eventually(lambda: good_rows(host) == 5000, what="the same statistics after kill -9")
     host.check_output("sh -c %s", f"{DRIFT} -m drift.simulate training --rows 700 --seed 7")
-    eventually(lambda: metric(host, ok) == 5700, what="the rows that came after")
+    eventually(lambda: good_rows(host) == 5700, what="the rows that came after")
     host.check_output("systemctl stop mock-kafka")
     eventually(lambda: metric(host, "training_connected") == 0, what="a connection that is lost")
-    assert metric(host, ok) == 5700
+    assert good_rows(host) == 5700
 
 
 def test_the_page_of_the_load_simulator_is_for_the_host_alone(host, eventually):

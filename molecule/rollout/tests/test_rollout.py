@@ -294,7 +294,7 @@ def test_a_canary_survives_what_hits_both_colours(good_is_live, place, engine, h
     idle = place("20.0.1" if version == "20.0.0" else "20.0.0")
     number = engine("swap --strategy canary --detach")["rollout"]
     report = "/run/appliance/rollout.json"
-    eventually(lambda: json.loads(host.check_output(f"cat {report}"))["rollout"] == number, what="a look at the canary")
+    eventually(lambda: json.loads(host.run(f"cat {report}").stdout)["rollout"] == number, what="a look at the canary")
     host.check_output(f"systemctl kill --signal=KILL {unit}")
     eventually(lambda: engine("status")["rollout"] is None, 240, "the rollout's end")
     # A fault of both alone doesn't condemn the new release.

@@ -51,10 +51,11 @@ DASHBOARD = Dashboard(
                 ),
                 stat(
                     "Rows, 6 hours",
-                    "Rows that all this goes by: below 500 it says nothing.",
+                    "Rows that all this goes by: below 3000 (prometheus_thresholds.drift_rows_long_count) it says "
+                    "nothing.",
                     "short",
                     Query(f"max by (model) (feature:rows:increase6h{{{MODEL}}})", "{{model}}"),
-                    steps=[(None, "orange"), (500, "green")],
+                    steps=[(None, "orange"), (3000, "green")],
                     decimals=0,
                 ),
                 stat(

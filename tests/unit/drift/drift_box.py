@@ -144,7 +144,7 @@ class Box:
         return {}
 
     def rows(self, status="ok"):
-        return self.metrics().get(f'training_rows_total{{model="simplemodel",status="{status}"}}')
+        return self.metric("training_rows_total", model="simplemodel", status=status)
 
     def metric(self, name, **labels):
         """The only sample of that name with these labels among its own; None where there is none."""

@@ -1,5 +1,6 @@
 """The simulation for the rules of drift: what it sends, and how it reads promtool."""
 
+import argparse
 import sys
 
 import pytest
@@ -80,3 +81,17 @@ def test_a_shift_is_noticed_so_long_after_it_came(monkeypatch, firing, minutes):
     given = drift.parse([])
     [noticed, others] = drift.shifted_day("a day", drift.Traffic(1.0))(given)
     assert (noticed.value, others.value) == (minutes, 0)
+
+
+@pytest.mark.parametrize("judged", [12, 11, None])
+def test_a_day_in_which_the_rules_judge_nothing_is_no_quiet_day(promtool, judged):
+    got = "nil" if judged is None else f"{{}} {judged:E}"
+    text = f'  FAILED:\n    expr: "count(feature:drift_state)", time: 29m,\n        exp: nil\n        got: {got}\n'
+    given = argparse.Namespace(seed=1, promtool=promtool(text, 1))
+    measured = drift.quiet_day("quiet", drift.Traffic(0.2))
+    if judged == drift.FEATURES:
+        [row] = measured(given)
+        assert row.value == 0
+    else:
+        with pytest.raises(BenchError, match="the rules judge"):
+            measured(given)
