@@ -95,6 +95,23 @@ def test_ports_are_on_loopback_only(host, port):
     assert addresses == [f"tcp://127.0.0.1:{port}"]
 
 
+@pytest.mark.parametrize(
+    ("unit", "mebibytes"), [("prometheus", 1024), ("prometheus-node-exporter", 128), ("prometheus-nginx-exporter", 128)]
+)
+def test_where_memory_is_short_it_ends_before_a_model(host, unit, mebibytes):
+    shown = host.check_output("systemctl show --property=MainPID,MemoryMax %s", unit).splitlines()
+    about = dict(line.split("=") for line in shown)
+    assert int(about["MemoryMax"]) == mebibytes * 2**20
+    # Of the process that runs: the file alone says nothing about it.
+    assert host.file(f"/proc/{about['MainPID']}/oom_score_adj").content_string.strip() == "500"
+
+
+def test_the_journal_is_bounded(host):
+    told = host.check_output("journalctl --no-pager -o cat SYSLOG_IDENTIFIER=systemd-journald").splitlines()
+    sizes = [line for line in told if line.startswith("System Journal")]
+    assert "max 1G" in sizes[-1].replace("1.0G", "1G"), sizes
+
+
 def test_alertmanager_looks_for_no_peers(host):
     assert not [name for name in host.socket.get_listening_sockets() if name.endswith(":9094")]
 
