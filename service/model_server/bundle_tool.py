@@ -185,7 +185,7 @@ def _short(text: str) -> str:
 
 
 def _next(directory: Path) -> str:
-    return f"Ready to be served. Try it on this machine: PYTHONPATH=service python -m model_server.serve {directory}"
+    return f"Ready to be served. Try it in the repository: PYTHONPATH=service python -m model_server.serve {directory}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -359,11 +359,14 @@ def remove_stale_sockets(directory: Path) -> None:
 
 
 def _listen(path: Path) -> socket.socket:
+    """A socket at `path`. Raises ConfigError where it can't be made."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # The mode is set at creation: between bind and a chmod anybody could connect.
     mask = os.umask(0o117)
     try:
         listener.bind(str(path))
+    except OSError as error:
+        raise ConfigError(f"MODEL_SOCKET_DIR: {path}: {error.strerror}") from error
     finally:
         os.umask(mask)
     listener.listen(_BACKLOG)

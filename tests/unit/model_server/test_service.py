@@ -426,10 +426,14 @@ def test_a_start_removes_the_error_of_the_one_before(short_dir):
         assert not (short_dir / "startup_error.json").exists()
 
 
-def test_wrong_setting(short_dir):
-    with running(short_dir, SHIPPED / "1.0.0", MODEL_WORKERS="many") as service:
+@pytest.mark.parametrize(
+    ("setting", "value"), [("MODEL_WORKERS", "many"), ("MODEL_SOCKET_DIR", "/nowhere")], ids=["number", "directory"]
+)
+def test_wrong_setting(short_dir, setting, value):
+    with running(short_dir, SHIPPED / "1.0.0", **{setting: value}) as service:
         assert service.process.wait(SECONDS) == 78
-        assert [line["event"] for line in service.logs()] == ["configuration_rejected"]
+        last = service.logs()[-1]
+        assert last["event"] == "configuration_rejected" and setting in last["message"]
 
 
 def test_missing_socket_directory(short_dir):
