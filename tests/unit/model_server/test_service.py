@@ -436,12 +436,6 @@ def test_wrong_setting(short_dir, setting, value):
         assert last["event"] == "configuration_rejected" and setting in last["message"]
 
 
-def test_missing_socket_directory(short_dir):
-    with running(short_dir, SHIPPED / "1.0.0", MODEL_SOCKET_DIR=short_dir / "none") as service:
-        assert service.process.wait(SECONDS) == 1
-        assert [line["event"] for line in service.logs()] == ["failed"]
-
-
 def test_memory_of_two_workers(short_dir):
     with running(short_dir, SHIPPED / "1.0.0", MALLOC_ARENA_MAX=1) as service:
         service.wait_ready()
