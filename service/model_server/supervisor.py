@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from model_server.bundle import Bundle
 from model_server.config import Config, ConfigError
 from model_server.control import run_control
-from model_server.jobs import prepare as prepare_jobs
+from model_server.jobs import create as create_jobs
 from model_server.logs import Log
 from model_server.metrics import Metrics
 from model_server.state import Phase, SharedState
@@ -116,7 +116,8 @@ class Supervisor:
         signal.signal(signal.SIGINT, _exit_at_once)
         try:
             if self._config.jobs is not None:
-                prepare_jobs(self._config.jobs, self._log)
+                # Before any worker asks for it. What can't be made the process for jobs tries again, and tells.
+                create_jobs(self._config.jobs)
             # Before PyTorch is imported: the control process needs none of it, and health can say "starting".
             gc.collect()
             gc.freeze()

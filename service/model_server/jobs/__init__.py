@@ -45,9 +45,3 @@ def create(config: JobsConfig) -> str | None:
     except (OSError, sqlite3.Error) as error:
         return f"MODEL_JOBS_DIR is {config.directory}; it can't be used: {error}"
     return None
-
-
-def prepare(config: JobsConfig, log: Log) -> None:
-    """Make the file where it is missing, and say so in the log where it can't be used."""
-    if (problem := create(config)) is not None:
-        Outage(log).begin(problem)

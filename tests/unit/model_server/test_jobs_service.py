@@ -323,7 +323,7 @@ def test_a_directory_that_cannot_be_used_is_tried_again(short_dir, tmp_path):
         status, headers, _ = client.ask("POST", "/v1/jobs", {"data": ROW})
         assert (status, headers["Retry-After"]) == (503, "10")
         assert client.service.predict(ROW)[0] == 200
-        assert "jobs_unavailable" in client.service.log_file.read_text()
+        client.service.wait_for(lambda: "jobs_unavailable" in client.service.log_file.read_text(), "told")
         missing.mkdir()
         client.service.wait_for(lambda: client.ask("POST", "/v1/jobs", {"data": ROW})[0] == 202, "available")
         client.service.wait_for(lambda: "jobs_available" in client.service.log_file.read_text(), "told")
