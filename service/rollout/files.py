@@ -117,4 +117,5 @@ def lock_within(descriptor: int, seconds: float, poll_seconds: float) -> bool:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
+            # flock itself knows no limit of time, and an alarm would belong to the whole process.
             time.sleep(min(poll_seconds, left))

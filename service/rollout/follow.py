@@ -9,7 +9,7 @@ from typing import Any
 from rollout import plan
 from rollout.config import Config
 from rollout.report import Result, progress
-from rollout.routing import Routing, RoutingBroken, State
+from rollout.routing import Routing, State
 
 _POLL_SECONDS = 0.5
 _REPEAT_SECONDS = 10.0
@@ -45,10 +45,7 @@ def follow(config: Config, seconds: float | None) -> Result:
 
 
 def _state(config: Config) -> State | None:
-    try:
-        return Routing(config.routing_dir, config.colours).read()
-    except RoutingBroken:
-        return None
+    return Routing(config.routing_dir, config.colours).known()
 
 
 def _report(config: Config, present: plan.Plan, state: State | None) -> str:

@@ -216,10 +216,7 @@ class Engine:
             return _as_result(Failed(f"interrupted by {signal.signal_name}; nothing was changed"))
 
     def _live(self) -> str | None:
-        try:
-            state = self.routing.read()
-        except RoutingBroken:
-            return None
+        state = self.routing.known()
         return state.live if state else None
 
     def _record(self, command: str, result: Result, before: str | None, started: float) -> None:

@@ -104,6 +104,13 @@ class Routing:
             )
         return state
 
+    def known(self) -> State | None:
+        """The present state; None also where it can't be read, for those who go on without one."""
+        try:
+            return self.read()
+        except RoutingBroken:
+            return None
+
     def _shortcuts(self, state: State) -> dict[str, str | None]:
         """What the links that spare nginx further looks must lead to; None for those that mustn't be there."""
         links: dict[str, str | None] = {

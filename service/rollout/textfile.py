@@ -15,7 +15,7 @@ from rollout import audit, files, plan
 from rollout.config import Config
 from rollout.errors import Failed
 from rollout.releases import Releases
-from rollout.routing import Routing, RoutingBroken, State
+from rollout.routing import Routing, State
 
 _PHASES = (*plan.UNDER_WAY, plan.DONE, plan.ROLLED_BACK, plan.ABORTED, plan.SUPERSEDED)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
@@ -40,10 +40,7 @@ def write(
         return
     # All is read in one's turn: the last to write has seen what the others did.
     with _turn(path.parent):
-        try:
-            state = routing.read()
-        except RoutingBroken:
-            state = None
+        state = routing.known()
         families = (
             *_of_routing(config, state, releases),
             *_of_audit(config.audit_file, _stamp(config.audit_file)),

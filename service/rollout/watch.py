@@ -22,7 +22,7 @@ from rollout.operations import Engine
 from rollout.plan import Plan
 from rollout.report import Result, progress
 from rollout.rollouts import Rollouts
-from rollout.routing import RoutingBroken, State
+from rollout.routing import State
 from rollout.text import tidy
 from rollout.unixhttp import ExchangeError, UnixConnection, exchange
 
@@ -98,10 +98,7 @@ class Watch:
                 return Result(last, ok=not left, exit_status=int(left))
 
     def _state(self) -> State | None:
-        try:
-            return self._engine().routing.read()
-        except RoutingBroken:
-            return None
+        return self._engine().routing.known()
 
     def _look(self, engine: Engine) -> Result:
         found = Rollouts(engine).under_way()

@@ -11,13 +11,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from edge_box import COLOURS, Colour, Edge, missing_programs  # noqa: E402
+from edge_box import COLOURS, Colour, Edge  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def running():
-    if missing := missing_programs():
-        pytest.skip(f"{' and '.join(missing)} isn't installed here")
     # Socket paths are limited to 107 bytes, and pytest's own temporary directories are long.
     directory = Path(tempfile.mkdtemp(prefix="edge-", dir="/tmp"))
     colours = {}

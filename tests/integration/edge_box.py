@@ -33,11 +33,6 @@ PATH = search_path()
 _START_SECONDS = 10.0
 
 
-def missing_programs() -> list[str]:
-    """What isn't installed of the programs that an edge needs."""
-    return [name for name in ("nginx", "ansible") if shutil.which(name, path=PATH) is None]
-
-
 def render(directory: Path, port: int, metrics_port: int) -> str:
     """nginx.conf as the role writes it, but on loopback, for the present user and with all its paths in `directory`.
 

@@ -14,6 +14,8 @@ import pytest
 from edge_box import answer
 from swap_client import Settings, SwapLoad, Switch, summarise
 
+pytestmark = pytest.mark.needs("nginx")
+
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 OTHER = {"blue": "green", "green": "blue"}
 

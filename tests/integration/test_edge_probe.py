@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.needs("nginx")
+
 PROBE = {"X-Appliance-Probe": "1"}
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 

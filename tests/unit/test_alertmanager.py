@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,10 +12,6 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/alertmanager"
 MESSAGES = ROLE / "files/appliance.tmpl"
-
-needs_amtool = pytest.mark.skipif(
-    shutil.which("amtool") is None, reason="needs amtool, which make programs brings where there is apt"
-)
 
 EMAIL = {
     "alertmanager_email_to": "oncall@example.org",
@@ -84,7 +79,7 @@ def inhibited(path, source, target):
     )
 
 
-@needs_amtool
+@pytest.mark.needs("amtool")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 class TestRouting:
     def test_amtool_accepts_the_configuration(self, configuration, settings):

@@ -38,10 +38,7 @@ IS_LIVE = {
 }
 LIVES = {"rollout_live": "blue"}
 
-pytestmark = [
-    pytest.mark.skipif(not ANSIBLE.exists(), reason="needs Ansible"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="a host's files belong to root"),
-]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a host's files belong to root")
 
 
 def seal(directory):

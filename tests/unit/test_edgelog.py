@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,10 +11,6 @@ import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/edgelog"
-
-needs_mtail = pytest.mark.skipif(
-    shutil.which("mtail") is None, reason="needs mtail, which make programs brings where there is apt"
-)
 
 ANSWERED = {
     "time_iso8601": "2026-01-31T12:00:00+00:00",
@@ -78,7 +73,7 @@ def requests(samples):
     return {(environment, colour, method, code): n for (code, colour, environment, method), n in found.items()}
 
 
-@needs_mtail
+@pytest.mark.needs("mtail")
 class TestCounting:
     def test_an_answer_is_counted_with_its_times(self, count):
         samples = count(line(), line(request_time="0.500"))

@@ -28,7 +28,6 @@ def test_a_playbook_explains_the_variables_that_it_takes(playbook):
     assert set(re.findall(r"-e ([a-z0-9_]+)=", comment)) <= set(taken)
 
 
-@pytest.mark.skipif(not ANSIBLE.exists(), reason="needs Ansible")
 @pytest.mark.parametrize(
     ("playbook", "given", "said"),
     [

@@ -6,7 +6,6 @@ the host's.
 
 import functools
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -173,9 +172,7 @@ def test_the_role_deploys_every_file():
     assert {entry["name"]: entry["src"] for entry in files} == {path.stem: f"rules/{path.name}" for path in FILES}
 
 
-@pytest.mark.skipif(
-    not shutil.which("promtool"), reason="needs promtool, which make programs brings where there is apt"
-)
+@pytest.mark.needs("promtool")
 class TestWithPromtool:
     def test_rules_are_accepted(self, tmp_path):
         objectives = tmp_path / "objectives.yml"

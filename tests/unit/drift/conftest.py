@@ -21,7 +21,6 @@ def box(tmp_path):
 
 @pytest.fixture
 def kafka():
-    pytest.importorskip("confluent_kafka", reason="needs confluent-kafka (roles/drift/files/requirements.txt)")
     kafka = Kafka()
     yield kafka
     kafka.stop()

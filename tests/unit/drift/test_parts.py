@@ -10,7 +10,7 @@ import statistics
 from types import SimpleNamespace
 
 import pytest
-from drift import config, live
+from drift import config, kafka, live
 from drift.errors import DriftError
 from drift.reference import parse
 from drift.rows import MALFORMED, MISSING, OK, SCHEMA
@@ -188,7 +188,6 @@ def test_a_configuration_that_cannot_be_used_says_why_and_no_password(tmp_path, 
 
 
 def test_librdkafka_repeats_itself_in_vain(monkeypatch):
-    kafka = pytest.importorskip("drift.kafka", reason="needs confluent-kafka (roles/drift/files/requirements.txt)")
     now = [0.0]
     monkeypatch.setattr(kafka, "time", SimpleNamespace(monotonic=lambda: now[0]))
     seldom = kafka.Seldom(60)

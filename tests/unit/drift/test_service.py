@@ -11,13 +11,10 @@ import threading
 import time
 
 import pytest
+from drift import config
+from drift.kafka import Record, Unreachable
+from drift.service import Service
 from drift_box import EDGES, Kafka, reference, wait_until
-
-pytest.importorskip("confluent_kafka", reason="needs confluent-kafka (roles/drift/files/requirements.txt)")
-
-from drift import config  # noqa: E402
-from drift.kafka import Record, Unreachable  # noqa: E402
-from drift.service import Service  # noqa: E402
 
 
 def drawn(count, seed=1):

@@ -116,7 +116,6 @@ def appliance():
 
 
 def test_without_a_broker_it_gives_up(box, monkeypatch, capsys):
-    pytest.importorskip("confluent_kafka", reason="needs confluent-kafka (roles/drift/files/requirements.txt)")
     monkeypatch.setattr(simulate, "_ANSWER_SECONDS", 0.3)
     bundle = box.bundle()
     with socket.socket() as closed:

@@ -10,11 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
-
 LOADTEST = Path(__file__).resolve().parents[3] / "service/loadtest"
 LOCUST = shutil.which("locust", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-needs_locust = pytest.mark.skipif(LOCUST is None, reason="needs Locust on PATH (roles/loadtest/files/requirements.txt)")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

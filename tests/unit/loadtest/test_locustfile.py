@@ -8,10 +8,10 @@ import subprocess
 from collections import Counter
 
 import pytest
-from answering import LOADTEST, LOCUST, Server, needs_locust
+from answering import LOADTEST, LOCUST, Server
 
 LOCUSTFILE = LOADTEST / "locustfile.py"
-pytestmark = needs_locust
+pytestmark = pytest.mark.needs("locust")
 
 
 def load(tmp_path, kinds, examples=({"data": [1]},), **environment):

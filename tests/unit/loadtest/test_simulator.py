@@ -17,9 +17,9 @@ from collections import Counter
 import jinja2
 import pytest
 import yaml
-from answering import LOADTEST, LOCUST, Server, needs_locust
+from answering import LOADTEST, LOCUST, Server
 
-pytestmark = needs_locust
+pytestmark = pytest.mark.needs("locust")
 PROJECT = LOADTEST.parents[1]
 ROW, IMAGE = {"data": [1, 2]}, {"data": "aW1hZ2U="}
 

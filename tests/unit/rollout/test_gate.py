@@ -318,7 +318,7 @@ class Green:
         handler.send(500 if failed else 200, {"output": 1}, {"X-Model-Colour": "green"})
 
 
-@pytest.mark.skipif(LOCUST is None, reason="needs Locust on PATH (roles/loadtest/files/requirements.txt)")
+@pytest.mark.needs("locust")
 @pytest.mark.parametrize("bad", [False, True])
 def test_with_the_real_locust(bench, monkeypatch, bad):
     monkeypatch.setattr(gate, "LOCUST", Path(LOCUST))
