@@ -308,6 +308,33 @@ def test_the_log_says_where_a_request_was_sent(edge, colours):
     assert said("/test/predict") == (503, "", "")
 
 
+def test_what_may_be_personal_is_in_no_log(edge, colours):
+    headers = {"Referer": "https://clinic.example/Bertha"}
+
+    def ask(path="/predict", **more):
+        return edge.ask(f"{path}?patient=Alice", headers, **more)
+
+    assert ask().status == 200
+    too_large = b"x" * (8 * 1024 * 1024 + 1)
+    for body in (too_large, iter([too_large])):
+        assert ask(body=body).status == 413
+    # Nobody takes the copies, either.
+    edge.route("blue", shadow=100)
+    with colours["blue"].down(), colours["green"].down():
+        for path in ("/predict", "/test/predict", "/health"):
+            found = ask(path)
+            assert found.status == 502
+    edge.routing.clear()
+    assert ask().status == 503
+    with edge.connection() as connection:
+        last = edge.ask("/test/predict?patient=Alice", headers, connection=connection)
+    logged(edge, last, "test")
+
+    for path in (edge.directory / "log").iterdir():
+        text = path.read_text()
+        assert "Alice" not in text and "Bertha" not in text, path
+
+
 @pytest.mark.parametrize("more", [{}, {"shadow": 30}], ids=["plain", "shadowed"])
 def test_no_request_is_lost_in_a_swap(edge, more):
     settings = Settings(

@@ -125,9 +125,22 @@ def test_a_secret_arrives_as_it_is(configuration):
     assert email["auth_password"] == LOGIN["alertmanager_email_password"]
 
 
+def disk(name, device="/dev/vda1", instance="127.0.0.1:9100"):
+    severity = "ticket" if name == "DiskFilling" else "page"
+    return {"alertname": name, "severity": severity, "device": device, "instance": instance}
+
+
 @pytest.mark.parametrize(
     ("source", "target", "wanted"),
     [
+        (disk("DiskAlmostFull"), disk("DiskFillingFast"), True),
+        (disk("DiskAlmostFull"), disk("DiskFilling"), True),
+        (disk("DiskFillingFast"), disk("DiskFilling"), True),
+        (disk("DiskAlmostFull"), disk("DiskFillingFast", device="/dev/vdb"), False),
+        (disk("DiskFillingFast"), disk("DiskFilling", instance="192.0.2.7:9100"), False),
+        (disk("DiskFillingFast"), disk("DiskAlmostFull"), False),
+        (disk("DiskFilling"), disk("DiskFillingFast"), False),
+        (disk("DiskAlmostFull"), disk("InodesRunningOut"), False),
         ({"severity": "page", "model": "a"}, {"severity": "ticket", "model": "a"}, True),
         ({"severity": "page", "model": "a"}, {"severity": "ticket", "model": "b"}, False),
         ({"severity": "page"}, {"severity": "ticket"}, False),

@@ -16,24 +16,13 @@ from model_server.protocols import prediction_routes
 from roles.grafana.dashboards import __main__ as generator
 from roles.grafana.dashboards.builder import Dashboard, Query, Row, stat, timeseries
 from roles.grafana.dashboards.promql import PREDICTIONS
+from tests.unit.exported import declared, known, matchers, metrics, unknown_labels, without_strings
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "roles/grafana/files/dashboards").glob("*.json"))
 EXPECTED = {f"appliance-{name}" for name in ("overview", "serving", "colours", "drift", "host", "edge", "monitoring")}
 PANEL_TYPES = {"timeseries", "stat", "bargauge", "table", "heatmap", "state-timeline", "row"}
 DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
-DOCUMENTS = [
-    path for name in ("contracts", "jobs", "drift", "monitoring") if (path := ROOT / f"docs/{name}.md").exists()
-]
-EXPORTERS = Path(__file__).with_name("exporter_metrics.txt")
-EDGE_LOG = ROOT / "roles/edgelog/templates/edge.mtail.j2"
-RULES = [
-    *sorted((ROOT / "roles/prometheus/files/rules").glob("*.yml")),
-    *sorted((ROOT / "roles/prometheus/templates").glob("*.yml.j2")),
-]
-# What the scrape adds, what every histogram has, and what an expression may make itself.
-LABELS_OF_ALL = {"job", "instance", "colour", "probe", "le", "__name__", "group"}
-OPERATORS = {"and", "or", "unless", "bool", "offset"}
 GRAFANA_OWN = {"__rate_interval"}
 
 
@@ -48,62 +37,6 @@ def data_panels(dashboard):
 def expressions(dashboard):
     targets = [target for panel in data_panels(dashboard) for target in panel["targets"]]
     return [entry["expr"] for entry in targets + dashboard["annotations"]["list"]]
-
-
-def without_strings(expression):
-    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', expression)
-
-
-def metrics(expression):
-    """The names of the series that an expression asks for."""
-    bare = re.sub(r"\[[^]]*\]|\{[^}]*\}|\boffset\s+\w+", "", without_strings(expression))
-    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", bare)
-    return set(re.findall(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()", bare)) - OPERATORS
-
-
-def matchers(expression):
-    """The metrics that are asked for with matchers, each with the labels that those name."""
-    found = re.findall(r"([a-zA-Z_:][\w:]*)\{([^}]*)\}", without_strings(expression))
-    return [(name, set(re.findall(r"(\w+)\s*[=!]", inside))) for name, inside in found]
-
-
-def grouped_labels(expression):
-    lists = re.findall(
-        r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)", without_strings(expression)
-    )
-    return {label.strip() for found in lists for label in found.split(",")} - {""}
-
-
-def declared(text):
-    """Metrics as they are written in documents, name{label,label}, each with its labels."""
-    found = {}
-    for name, labels in re.findall(r"(?<![\w/$.-])([a-z]\w*)(?:\{([\w,=\".| -]*)\})?", text):
-        found.setdefault(name, set()).update(re.findall(r"[a-z_]+(?=[,=]|$)", labels.replace(" ", "")))
-    return found
-
-
-@pytest.fixture(scope="module")
-def known():
-    """Every metric that exists, with its labels; None where those aren't known."""
-    found = declared("\n".join(line for line in EXPORTERS.read_text().splitlines() if not line.startswith("#")))
-    found["ALERTS"] = {"alertname", "alertstate", "severity"}
-    for document in DOCUMENTS:
-        quoted = "\n".join(re.findall(r"`([^`\n]+)`", document.read_text(encoding="utf-8")))
-        for name, labels in declared(quoted).items():
-            # A text may mention a metric without its labels.
-            found[name] = (found.get(name) or set()) | labels or None
-    for name, labels in re.findall(
-        r"^(?:counter|histogram) (\w+)(?: by ([a-z_, ]+?)(?: buckets|$))?", EDGE_LOG.read_text(), re.M
-    ):
-        found[name] = set(labels.replace(" ", "").split(",")) - {""}
-    for name, labels in list(found.items()):
-        if name.endswith("_seconds") or name in ("model_batch_rows", "model_prediction_confidence"):
-            found.update({f"{name}_{part}": labels for part in ("bucket", "sum", "count")})
-    found["appliance_shadow_distance_bucket"] = set()
-    for path in RULES:
-        recorded = re.findall(r"^\s*-?\s*record: *(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        found.update(dict.fromkeys(recorded))
-    return found
 
 
 @pytest.fixture(params=DASHBOARDS, ids=lambda path: path.stem)
@@ -261,16 +194,12 @@ def test_a_dashboard_asks_for_all_routes_that_predict(dashboard):
         assert not re.search(r'path="|http_requests_total(?!\{)', expression), expression
 
 
-def test_every_metric_exists(dashboard, known):
+def test_every_metric_exists(dashboard):
     asked = {name for expression in expressions(dashboard) for name in metrics(expression)}
     asked |= {entry["definition"].split("(")[1].split(",")[0] for entry in dashboard["templating"]["list"]}
-    assert asked - set(known) == set()
+    assert asked - set(known()) == set()
 
 
-def test_every_label_exists(dashboard, known):
+def test_every_label_exists(dashboard):
     for expression in expressions(dashboard):
-        for name, labels in matchers(expression):
-            if known.get(name) is not None:
-                assert labels <= known[name] | LABELS_OF_ALL, expression
-    labels_of_all = set().union(LABELS_OF_ALL, *(labels for labels in known.values() if labels))
-    assert {label for expression in expressions(dashboard) for label in grouped_labels(expression)} <= labels_of_all
+        assert unknown_labels(expression) == set(), expression

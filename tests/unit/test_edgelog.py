@@ -1,5 +1,6 @@
 """The program that counts nginx's access logs: every line that the log format can give is counted, and rightly."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -122,6 +123,17 @@ class TestCounting:
     def test_a_client_makes_no_series(self, count, method):
         assert requests(count(line(appliance_method=method))) == {("production", "blue", "other", "200"): 1}
 
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "-", "BREW", "POSTX"])
+    def test_only_what_predicts_has_a_duration(self, count, method):
+        fast = {"request_time": "0.001", "upstream_response_time": "0.001"}
+        samples = count(line(), line(appliance_method="PUT"), *[line(appliance_method=method, **fast)] * 9)
+
+        assert sum(requests(samples).values()) == 11
+        for name in ("edge_request_duration_seconds", "edge_upstream_duration_seconds"):
+            labels = 'colour="blue",environment="production"'
+            assert samples[f"{name}_count{{{labels}}}"] == 2
+            assert samples[f'{name}_bucket{{{labels},le="0.005"}}'] == 0
+
     @pytest.mark.parametrize("path", ["-", "/a%22b", '/a"b', "/a\\", '/","status":500,"colour":"x', "/" + "a" * 4000])
     def test_a_path_is_only_a_path(self, count, path):
         assert requests(count(line(appliance_path=path))) == {("production", "blue", "POST", "200"): 1}
@@ -136,11 +148,19 @@ class TestCounting:
     def test_the_first_error_is_an_increase(self, count):
         samples = count(line())
 
-        for colour in ("blue", "green", "none"):
-            name = f'edge_requests_total{{code="500",colour="{colour}",environment="production",method="POST"}}'
+        for colour, method in itertools.product(("blue", "green", "none"), ("POST", "PUT")):
+            name = f'edge_requests_total{{code="500",colour="{colour}",environment="production",method="{method}"}}'
             assert samples[name] == 0
 
 
 def test_a_bucket_ends_at_the_threshold_of_the_objective():
     buckets = yaml.safe_load((ROLE / "vars/main.yml").read_text())["__edgelog_buckets"]
     assert "0.5" in buckets.split(", ")
+
+
+def test_durations_are_of_the_methods_whose_requests_the_objectives_count():
+    methods = yaml.safe_load((ROLE / "vars/main.yml").read_text())["__edgelog_methods"]
+    rules = (PROJECT / "roles/prometheus/files/rules/slo.yml").read_text()
+    selectors = re.findall(r"edge_requests_total\{([^}]*)\}", rules)
+    assert selectors
+    assert [selector for selector in selectors if f'method=~"{"|".join(methods)}"' not in selector] == []

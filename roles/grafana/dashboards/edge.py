@@ -15,6 +15,8 @@ from roles.grafana.dashboards.promql import percentiles, quantile, rate, share
 
 ALL = 'environment=~"$environment"'
 PRODUCTION = 'environment="production"'
+# As the objectives have it: a client that asks for /health tells nothing of predictions.
+PREDICTIONS = f'{PRODUCTION}, method=~"POST|PUT"'
 
 DASHBOARD = Dashboard(
     uid="appliance-edge",
@@ -41,14 +43,16 @@ DASHBOARD = Dashboard(
                 ),
                 stat(
                     "Errors",
-                    "Share of production's requests that were answered with a 5xx status. No value without requests.",
+                    "Share of production's predictions (POST and PUT) that were answered with a 5xx status. No value "
+                    "without them.",
                     "percentunit",
-                    Query(share("edge_requests_total", PRODUCTION, 'code=~"5.."'), "5xx"),
+                    Query(share("edge_requests_total", PREDICTIONS, 'code=~"5.."'), "5xx"),
                     steps=[(None, "green"), (0.001, "orange"), (0.01, "red")],
                 ),
                 stat(
                     "Slowest 5 %",
-                    "95 of 100 of production's requests take no longer than this, from the first byte to the last.",
+                    "95 of 100 of production's predictions (POST and PUT) take no longer than this, from the first "
+                    "byte to the last.",
                     "s",
                     Query(quantile(0.95, "edge_request_duration_seconds", PRODUCTION), "p95"),
                     steps=[(None, "green"), (0.25, "orange"), (0.5, "red")],
@@ -114,7 +118,8 @@ DASHBOARD = Dashboard(
             [
                 timeseries(
                     "Duration of a request",
-                    "From the first byte of a request to the last of its answer, with the client's network.",
+                    "From the first byte of a request to the last of its answer, with the client's network. POST and "
+                    "PUT only, like all that follow here.",
                     "s",
                     *percentiles("edge_request_duration_seconds", ALL),
                 ),
@@ -128,7 +133,7 @@ DASHBOARD = Dashboard(
                 ),
                 heatmap(
                     "Distribution of the durations",
-                    "How many requests per second took how long.",
+                    "How many requests per second, by POST and PUT, took how long.",
                     "s",
                     Query(rate("edge_request_duration_seconds_bucket", ALL, "le")),
                 ),

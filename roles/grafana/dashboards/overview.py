@@ -68,8 +68,9 @@ DASHBOARD = Dashboard(
                 ),
                 stat(
                     "Availability",
-                    "Share of production's requests within 30 days that were answered well, which is neither 5xx nor "
-                    "429; planned maintenance doesn't count. No value until the edge's log has told of some.",
+                    "Share of production's predictions (POST and PUT) within 30 days that were answered well, which is "
+                    "neither 5xx nor 429; planned maintenance doesn't count. No value until the edge's log has told of "
+                    "some.",
                     "percentunit",
                     Query("1 - slo:error_ratio:rate30d", "30 days"),
                     width=3,
@@ -107,15 +108,16 @@ DASHBOARD = Dashboard(
                 ),
                 timeseries(
                     "Failed and slow",
-                    "Share of production's requests of the last five minutes that failed, and that took longer than "
-                    "the objective allows.",
+                    "Share of production's predictions (POST and PUT) of the last five minutes that failed, and that "
+                    "took longer than the objective allows.",
                     "percentunit",
                     Query("slo:error_ratio:rate5m", "failed"),
                     Query("slo:slow_ratio:rate5m", "slow"),
                 ),
                 timeseries(
                     "Duration",
-                    "Percentiles of the time from the first byte of a request to the last of its answer.",
+                    "Percentiles of the time from the first byte of a request to the last of its answer. POST and PUT "
+                    "only.",
                     "s",
                     *percentiles("edge_request_duration_seconds", PRODUCTION),
                 ),
