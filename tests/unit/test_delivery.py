@@ -7,6 +7,7 @@ wants, the last does it.
 import hashlib
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -341,6 +342,20 @@ def field(name, value):
     return change
 
 
+def in_place_of(name, make):
+    def change(bundle):
+        (bundle / name).unlink()
+        make(bundle / name)
+
+    return change
+
+
+def link(path):
+    """To a file that is none of the bundle's."""
+    (path.parent.parent / "secret").write_text("[ a key")
+    path.symlink_to("../secret")
+
+
 MISTAKES = {
     "no name": (field("name", None), "{}/manifest.yaml: name is missing: it must be small letters"),
     "no version": (field("version", None), "{}/manifest.yaml: version is missing: it must be letters"),
@@ -365,6 +380,18 @@ MISTAKES = {
     "no manifest": (lambda bundle: (bundle / "manifest.yaml").unlink(), "{}/manifest.yaml is missing"),
     "no checksums": (lambda bundle: (bundle / "SHA256SUMS").unlink(), "{}/SHA256SUMS is missing: `bundle_tool sums`"),
     "no text": (lambda bundle: (bundle / "SHA256SUMS").write_bytes(b"\xff"), "{}/SHA256SUMS isn't text in UTF-8"),
+    "a linked manifest": (in_place_of("manifest.yaml", link), "{}/manifest.yaml must be a regular file; it is a link"),
+    "linked checksums": (in_place_of("SHA256SUMS", link), "{}/SHA256SUMS must be a regular file; it is a link"),
+    "checksums without end": (
+        in_place_of("SHA256SUMS", lambda path: path.symlink_to("/dev/zero")),
+        "{}/SHA256SUMS must be a regular file",
+    ),
+    "a pipe": (in_place_of("SHA256SUMS", os.mkfifo), "{}/SHA256SUMS must be a regular file"),
+    "a directory": (in_place_of("manifest.yaml", os.mkdir), "{}/manifest.yaml must be a regular file"),
+    "many checksums": (
+        lambda bundle: os.truncate(bundle / "SHA256SUMS", 5 << 20),
+        "{}/SHA256SUMS is larger than 4 MiB",
+    ),
 }
 
 
@@ -375,9 +402,30 @@ def test_a_mistake_in_a_bundle_is_named(tmp_path, mistake):
     shutil.copytree(SOURCE, source)
     change(source)
     program = PROJECT / "roles/rollout/files/describe_bundle.py"
-    answer = subprocess.run([sys.executable, program, source], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(
+        [sys.executable, program, source], capture_output=True, text=True, timeout=10, preexec_fn=little_memory
+    )
     assert (answer.returncode, answer.stdout) == (1, "") and words.format(source) in answer.stderr
     assert answer.stderr.count("\n") == 1, "one line"
+    assert "key" not in answer.stderr
+
+
+def little_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+
+def test_a_refused_link_shows_nothing_of_what_it_leads_to():
+    listed = yaml.safe_load((PROJECT / "roles/rollout/tasks/check.yml").read_text())
+    [block] = [task["block"] for task in listed if "block" in task]
+    [number] = [number for number, task in enumerate(block) if "links" in task.get("vars", {})]
+    # Nothing was judged before, and the sentence can be made without the bundle's own files.
+    assert not [task for task in block[:number] if "ansible.builtin.assert" in task]
+    check, variables = block[number]["ansible.builtin.assert"], block[number]["vars"]
+    assert check["that"] == "links | length == 0" and "lookup" not in str(block[number])
+    files = [{"isreg": False, "isdir": False, "path": "/b/SHA256SUMS"}, {"isreg": True, "isdir": False, "path": "/b/x"}]
+    links = jinja2.Environment().compile_expression(variables["links"].strip("{} "))(rollout_files={"files": files})
+    said = jinja2.Template(check["fail_msg"]).render(rollout_source="/b", links=list(links))
+    assert said.strip() == "/b must hold regular files only; links and the like: /b/SHA256SUMS."
 
 
 def test_a_mistake_in_a_bundle_is_all_that_is_said(site):

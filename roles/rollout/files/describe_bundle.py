@@ -5,13 +5,19 @@ Exit status 1, and one line on standard error that names the file and the field,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
+import stat
 import sys
 from pathlib import Path
 
 import yaml
+
+# Far more than a manifest or the checksums of many files need.
+LARGEST_BYTES = 4 << 20
 
 # Both become a path on the host.
 FIELDS = {
@@ -49,12 +55,27 @@ def describe(directory: Path) -> dict[str, str]:
 
 def _read(path: Path, advice: str) -> str:
     try:
-        # Not read_text(): the digest is of the bytes as they are.
-        return path.read_bytes().decode()
+        # Nothing is read through a link: it may lead to a file of the controller, and what is wrong with that would be
+        # shown. Nor is a pipe waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError(f"{path} must be a regular file")
+            # Not as text: the digest is of the bytes as they are.
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(LARGEST_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {advice}") from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} must be a regular file; it is a link") from None
         raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    if len(content) > LARGEST_BYTES:
+        raise ValueError(f"{path} is larger than {LARGEST_BYTES >> 20} MiB: {advice}")
+    try:
+        return content.decode()
     except UnicodeDecodeError:
         raise ValueError(f"{path} isn't text in UTF-8: {advice}") from None
 
