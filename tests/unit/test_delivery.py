@@ -4,7 +4,9 @@
 wants, the last does it.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import resource
@@ -58,6 +60,7 @@ class Site:
         self.delivered = self.bundles / "simplemodel/1.1.0"
         self.source = root / "work/1.1.0"
         shutil.copytree(SOURCE, self.source)
+        (root / "files").symlink_to(PROJECT / "playbooks/files")
         self.bin = root / "bin"
         self.bin.mkdir()
         move = f'exec {shutil.which("mv")} "$@"\n'
@@ -294,6 +297,107 @@ def test_an_archive_is_recorded_as_where_it_lies(site):
     assert status == 0, told
     [call] = site.calls("appliance")
     assert f":{archive} --revision {revision} --who carol" in call
+
+
+def unpack(archive, directory):
+    program = PROJECT / "playbooks/files/unpack_bundle.py"
+    directory.mkdir()
+    return subprocess.run([sys.executable, program, archive, directory], capture_output=True, text=True, timeout=60)
+
+
+def archived(path, *members):
+    """An archive of the bundle, and members besides it; in the middle, so that a part of it comes after them."""
+    with tarfile.open(path, "w:gz") as made:
+        made.add(SOURCE / "model.py", arcname="./1.1.0/model.py")
+        for about in members:
+            about.size = 4 if about.isreg() else 0
+            made.addfile(about, io.BytesIO(b"gone"))
+        made.add(SOURCE, arcname="1.1.0")
+    return path
+
+
+def member(name, kind=tarfile.REGTYPE, target=""):
+    about = tarfile.TarInfo(name)
+    about.type, about.linkname = kind, target
+    return about
+
+
+@pytest.mark.parametrize("mode", ["gz", ""])
+def test_an_archive_is_unpacked_as_it_is(tmp_path, mode):
+    with tarfile.open(tmp_path / "model.tar.gz", f"w:{mode}") as made:
+        made.add(SOURCE, arcname="1.1.0")
+    answer = unpack(tmp_path / "model.tar.gz", tmp_path / "unpacked")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    names = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*") if path.is_file())
+    found = tmp_path / "unpacked/1.1.0"
+    assert sorted(path.relative_to(found) for path in found.rglob("*") if path.is_file()) == names
+    assert all((found / name).read_bytes() == (SOURCE / name).read_bytes() for name in names)
+
+
+INTRUDERS = {
+    "absolute": (lambda root: member(f"{root}/escaped"), "{root}/escaped' has an absolute name"),
+    "above": (lambda root: member("1.1.0/../../escaped"), "'1.1.0/../../escaped' has '..' in its name"),
+    "a link": (lambda root: member("1.1.0/x", tarfile.SYMTYPE, "/etc/shadow"), "'1.1.0/x' is a link"),
+    "a hard link": (lambda root: member("1.1.0/x", tarfile.LNKTYPE, "1.1.0/model.py"), "'1.1.0/x' is a link"),
+    "a device": (lambda root: member("1.1.0/x", tarfile.CHRTYPE), "'1.1.0/x' is neither a file nor a directory"),
+    "a pipe": (lambda root: member("1.1.0/x", tarfile.FIFOTYPE), "'1.1.0/x' is neither a file nor a directory"),
+    "odd": (lambda root: member("../\x1b[2J\n"), "its member '../\\x1b[2J\\n' has '..' in its name"),
+}
+
+
+@pytest.mark.parametrize("intruder", INTRUDERS)
+def test_what_doesnt_belong_into_an_archive_is_refused(tmp_path, intruder):
+    make, words = INTRUDERS[intruder]
+    archive = archived(tmp_path / "model.tar.gz", make(tmp_path))
+    (tmp_path / "a").mkdir()
+    answer = unpack(archive, tmp_path / "a/b")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+    assert answer.stderr.startswith(f"{archive} can't be a bundle") and words.format(root=tmp_path) in answer.stderr
+    assert not list(tmp_path.rglob("escaped*")) and not list(tmp_path.rglob("x"))
+
+
+def cut_off(content):
+    return content[:-200]
+
+
+def without_checksum(content):
+    return content[:-4]
+
+
+def with_a_changed_byte(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+
+
+def with_a_broken_head(content):
+    members = bytearray(gzip.decompress(content))
+    # The second member's.
+    members[members.index(b"1.1.0\0") if b"1.1.0\0" in members else members.index(b"1.1.0/\0")] ^= 1
+    return gzip.compress(bytes(members))
+
+
+def nothing(content):
+    return b""
+
+
+def other(content):
+    return b"PK\3\4" + bytes(1000)
+
+
+@pytest.mark.parametrize("damage", [cut_off, without_checksum, with_a_changed_byte, with_a_broken_head, nothing, other])
+def test_an_archive_that_is_damaged_is_refused(tmp_path, damage):
+    archive = archived(tmp_path / "model.tar.gz")
+    archive.write_bytes(damage(archive.read_bytes()))
+    answer = unpack(archive, tmp_path / "unpacked")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+    assert answer.stderr.startswith(f"{archive} can't be read to its end: it is")
+
+
+def test_an_archive_that_has_no_place_is_refused(tmp_path):
+    archive = archived(tmp_path / "model.tar.gz", member("1.1.0/x"), member("1.1.0/x/y"))
+    answer = unpack(archive, tmp_path / "unpacked")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+    assert f"{archive} can't be unpacked to {tmp_path}/unpacked: its member '1.1.0/x/y': " in answer.stderr
 
 
 @pytest.mark.parametrize("check", [False, True])

@@ -99,23 +99,32 @@ def test_a_truncated_archive(playbook, untouched, tmp_path):
     archive = archived(tmp_path / "model.tar.gz", SOURCE)
     archive.write_bytes(archive.read_bytes()[:-200])
     refused = playbook("deploy", "-e", f"bundle={archive}")
-    assert refused.returncode != 0 and "gzip" in refused.stdout
+    assert refused.returncode != 0, refused.stdout[-2000:]
+    assert f"{archive} can't be read to its end" in " ".join(refused.stdout.split()), refused.stdout[-2000:]
 
 
-def test_an_archive_that_escapes(playbook, untouched, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../escaped", "has '..' in its name"),
+        ("../../escaped", "has '..' in its name"),
+        ("{}/escaped", "has an absolute name"),
+    ],
+)
+def test_an_archive_that_escapes(playbook, untouched, tmp_path, monkeypatch, name, words):
     archive = tmp_path / "model.tar.gz"
     with tarfile.open(archive, "w:gz") as made:
         made.add(SOURCE, arcname="1.1.0")
-        for name in ("../escaped", "../../escaped", str(tmp_path / "escaped")):
-            outside = tarfile.TarInfo(name)
-            outside.size = 4
-            made.addfile(outside, io.BytesIO(b"gone"))
+        outside = tarfile.TarInfo(name.format(tmp_path))
+        outside.size = 4
+        made.addfile(outside, io.BytesIO(b"gone"))
     # Where it is unpacked, so that what escapes would land where this test looks.
     scratch = tmp_path / "a" / "b"
     scratch.mkdir(parents=True)
     monkeypatch.setenv("TMPDIR", str(scratch))
-    playbook("deploy", "-e", f"bundle={archive}")
-    assert [path for path in tmp_path.rglob("escaped*") if scratch not in path.parents] == []
+    refused = playbook("deploy", "-e", f"bundle={archive}")
+    assert refused.returncode != 0 and words in " ".join(refused.stdout.split()), refused.stdout[-2000:]
+    assert list(tmp_path.rglob("escaped*")) == []
     assert list(scratch.glob("bundle-*")) == []
 
 
@@ -125,8 +134,10 @@ def test_links(playbook, untouched, tmp_path, monkeypatch):
     (broken / "weights.pth").symlink_to(tmp_path / "weights.pth")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     refused = playbook("deploy", "-e", f"bundle={archived(tmp_path / 'model.tar.gz', broken)}")
-    assert refused.returncode != 0 and "links" in refused.stdout, refused.stdout[-2000:]
+    assert refused.returncode != 0 and "'broken/weights.pth' is a link" in " ".join(refused.stdout.split())
     assert list(tmp_path.glob("bundle-*")) == []
+    refused = playbook("deploy", "-e", f"bundle={broken}")
+    assert refused.returncode != 0 and "links" in refused.stdout, refused.stdout[-2000:]
 
 
 def test_a_name_that_is_a_path(host, playbook, untouched, tmp_path):
