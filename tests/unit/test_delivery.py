@@ -187,6 +187,80 @@ def look(directory, state=Path("/nowhere")):
     return subprocess.run(["/bin/sh", "-c", rendered], capture_output=True, text=True, check=True, timeout=60)
 
 
+STAT = """#!/bin/sh
+for place; do :; done
+case $1 in
+  --file-system) [ "$place" = {passing} ] && echo {free} 1 || echo 1050000 1 ;;
+  *) [ "$place" = {passing} ] && echo 2 || echo 1 ;;
+esac
+"""
+
+
+def room(root, size, *, largest=1000, free=0, passing="~/tmp"):
+    """What room.yml says of a host with 1.05 MB for bundles, and another file system with `free` bytes."""
+    (root / "bin").mkdir(exist_ok=True)
+    (root / "bin/stat").write_text(STAT.format(passing=root / "tmp", free=free))
+    (root / "bin/stat").chmod(0o755)
+    rendered = script(
+        "room.yml",
+        "Look for room",
+        rollout_bundle={"name": "simplemodel", "version": "1.1.0", "size": size, "largest": largest},
+        rollout_state_dir=str(root / "state dir"),
+        ansible_remote_tmp=passing,
+    )
+    environment = {"HOME": str(root), "PATH": f"{root}/bin:/usr/bin:/bin"}
+    answer = subprocess.run(["/bin/sh", "-ec", rendered], capture_output=True, text=True, timeout=60, env=environment)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    return " ".join(answer.stdout.split())
+
+
+def test_a_bundle_without_room_is_refused(tmp_path):
+    # Nothing is there yet.
+    assert room(tmp_path, 1_000_000) == ""
+    said = f"simplemodel 1.1.0 needs 2 MB in {tmp_path}, where 1 MB are free."
+    assert (
+        room(tmp_path, 1_000_001) == f"{said} On the host, 'sudo appliance prune' removes what nothing needs any more."
+    )
+    bundles = tmp_path / "state dir/bundles"
+    (bundles / "simplemodel/.incoming-x").mkdir(parents=True)
+    said = room(tmp_path, 50_000_000_000)
+    assert said.startswith(f"simplemodel 1.1.0 needs 52500 MB in {bundles}, where 1 MB are free. On the host, ")
+    assert said.endswith(f": {bundles}/simplemodel/.incoming-x. Remove those that no run is at.")
+
+
+def test_the_place_that_files_pass_through_has_room_too(tmp_path):
+    assert room(tmp_path, 20_000, largest=10_000) == "", "on the same file system"
+    (tmp_path / "tmp").mkdir()
+    assert room(tmp_path, 20_000, largest=10_000, free=10_500) == ""
+    for passing in ("~/tmp", f"{tmp_path}/tmp/x/y"):
+        said = room(tmp_path, 20_000, largest=10_000, free=10_499, passing=passing)
+        assert said.startswith(f"simplemodel 1.1.0 needs 1 MB in {tmp_path}/tmp, where 0 MB are free. Files pass")
+
+
+def test_only_what_is_to_be_delivered_needs_room():
+    tasks = yaml.safe_load((PROJECT / "roles/rollout/tasks/place_one.yml").read_text())
+    included = [task.get("ansible.builtin.include_tasks") for task in tasks]
+    assert included.index("delivered.yml") < included.index("room.yml") < included.index("deliver.yml")
+    # In check mode too.
+    assert tasks[included.index("room.yml")]["when"] == "rollout_delivered.stdout is not match('whole')"
+
+
+def test_the_size_of_a_bundle_is_known(tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(SOURCE, bundle)
+    before = describe(bundle)
+    (bundle / "deeper").mkdir()
+    (bundle / "deeper/x").write_bytes(bytes(1_000_001))
+    after = describe(bundle)
+    assert after["size"] - before["size"] == after["largest"] == 245 * 4096
+    assert {key: after[key] for key in ("name", "version")} == {"name": "simplemodel", "version": "1.1.0"}
+
+
+def describe(bundle):
+    program = PROJECT / "roles/rollout/files/describe_bundle.py"
+    return json.loads(subprocess.check_output([sys.executable, program, bundle], timeout=60))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_seen(tmp_path, damage):
     bundle = tmp_path / "bundle"

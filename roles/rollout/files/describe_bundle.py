@@ -1,4 +1,4 @@
-"""Print the name, version and digest of the bundle in a directory as JSON, or say what is wrong: check.yml calls it.
+"""Print what a delivery must know of the bundle in a directory as JSON, or say what is wrong: check.yml calls it.
 
 Exit status 1, and one line on standard error that names the file and the field, where they can't be told.
 """
@@ -12,12 +12,16 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 # Far more than a manifest or the checksums of many files need.
 LARGEST_BYTES = 4 << 20
+# What file systems give to files.
+_BLOCK_BYTES = 4096
 
 # Both become a path on the host.
 FIELDS = {
@@ -29,8 +33,11 @@ FIELDS = {
 }
 
 
-def describe(directory: Path) -> dict[str, str]:
-    """The bundle's name, version, and the SHA-256 of its SHA256SUMS. Raises ValueError with a whole sentence."""
+def describe(directory: Path) -> dict[str, Any]:
+    """The bundle's name, version, the SHA-256 of its SHA256SUMS, and its size and that of its largest file on a disk.
+
+    Raises ValueError with a whole sentence.
+    """
     manifest, sums = directory / "manifest.yaml", directory / "SHA256SUMS"
     text = _read(manifest, "a bundle has its manifest there: docs/ml-engineers.md")
     try:
@@ -50,7 +57,15 @@ def describe(directory: Path) -> dict[str, str]:
             raise ValueError(f"{manifest}: {field} must be {words}; it is {json.dumps(value, default=str)[:100]}")
         found[field] = value
     text = _read(sums, "`bundle_tool sums` writes it, `bundle_tool check` looks whether all is well")
-    return found | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+    sizes = list(_sizes(directory))
+    return found | {"digest": hashlib.sha256(text.encode()).hexdigest(), "size": sum(sizes), "largest": max(sizes)}
+
+
+def _sizes(directory: Path) -> Iterator[int]:
+    """What each file takes on a disk, in bytes."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            yield -(-os.lstat(os.path.join(parent, name)).st_size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _read(path: Path, advice: str) -> str:
