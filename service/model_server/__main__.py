@@ -24,6 +24,7 @@ def main() -> int:
     except ConfigError as error:
         log.error("configuration_rejected", str(error))
         return _REJECTED
+    log = log.quoting(config.log_error_messages)
     metrics_directory = tempfile.mkdtemp(prefix="model-metrics-")
     _prepare_libraries(metrics_directory)
     # Only now, since prometheus_client looks for its directory when it is imported.

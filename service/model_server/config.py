@@ -47,6 +47,8 @@ class Config:
     host: str
     port: int | None
     cors_origins: tuple[str, ...]
+    # Whether the log has what exceptions say of requests, which may hold parts of inputs.
+    log_error_messages: bool
     # None where there are no jobs.
     jobs: JobsConfig | None
 
@@ -69,6 +71,7 @@ class Config:
             host=environ.get("MODEL_HOST") or "127.0.0.1",
             port=_whole(environ, "MODEL_PORT", 0, 1, 65535) if environ.get("MODEL_PORT") else None,
             cors_origins=tuple((environ.get("MODEL_CORS_ORIGINS") or "").replace(",", " ").split()),
+            log_error_messages=_whole(environ, "MODEL_LOG_ERROR_MESSAGES", 0, 0, 1) == 1,
             jobs=_jobs(environ),
         )
         longest = os.fsencode(config.worker_socket(config.workers - 1))

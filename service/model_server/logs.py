@@ -25,16 +25,22 @@ def rfc3339(seconds: float) -> str:
 class Log:
     """Writes one JSON object a line to a file descriptor, with a set of fields common to all lines.
 
-    Every line has ``time`` (RFC 3339, UTC), ``level``, ``event`` and ``message``.
+    Every line has ``time`` (RFC 3339, UTC), ``level``, ``event`` and ``message``. What an exception says goes into the
+    lines of ``failure`` only where ``quotes`` is set.
     """
 
-    def __init__(self, fd: int = 1, **fields: Any) -> None:
+    def __init__(self, fd: int = 1, *, quotes: bool = False, **fields: Any) -> None:
         self._fd = fd
+        self._quotes = quotes
         self._fields = fields
 
     def bind(self, **fields: Any) -> "Log":
         """A log whose lines also carry ``fields``."""
-        return Log(self._fd, **{**self._fields, **fields})
+        return Log(self._fd, quotes=self._quotes, **{**self._fields, **fields})
+
+    def quoting(self, quotes: bool) -> "Log":
+        """A log that has, or hasn't, in ``failure`` what exceptions say."""
+        return Log(self._fd, quotes=quotes, **self._fields)
 
     def gather(self) -> "Lines":
         """Lines to be written together, for where each write would cost too much."""
@@ -54,6 +60,17 @@ class Log:
             fields["traceback"] = "".join(traceback.format_exception(exception))[-_LONGEST_TRACEBACK:]
         self._write("error", event, message, fields)
 
+    def failure(self, event: str, message: str, exception: BaseException, **fields: Any) -> None:
+        """Something that failed at what a client sent, which the words of ``exception`` may hold.
+
+        Its type and the places in the code are logged, ``message`` before the type; its words only where that is set.
+        """
+        message = f"{message}: {type(exception).__name__}"
+        if self._quotes:
+            self.error(event, f"{message}: {exception}", exception, **fields)
+        else:
+            self.error(event, message, **fields, traceback=_places(exception)[-_LONGEST_TRACEBACK:])
+
     def _write(self, level: str, event: str, message: str, fields: dict[str, Any]) -> None:
         line = {
             "time": rfc3339(time.time()),
@@ -66,6 +83,22 @@ class Log:
         data = json.dumps(line, default=str).encode() + b"\n"
         # One write for each line: several processes share this pipe, and lines up to PIPE_BUF then never mix.
         _write(self._fd, data)
+
+
+def _places(exception: BaseException) -> str:
+    """A traceback without the words of exceptions, and without lines of code, which may hold such as well."""
+    chain: list[BaseException] = []
+    error: BaseException | None = exception
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    lines = []
+    for error in reversed(chain):
+        lines.append("Traceback (most recent call last):")
+        for frame, number in traceback.walk_tb(error.__traceback__):
+            lines.append(f'  File "{frame.f_code.co_filename}", line {number}, in {frame.f_code.co_name}')
+        lines.append(type(error).__qualname__)
+    return "\n".join(lines) + "\n"
 
 
 class Lines:

@@ -10,6 +10,7 @@ from typing import Any
 from model_server.core import Call, Refusal, Reply, Request, Route, client_seconds, plain_body
 from model_server.errors import ModelFailed
 from model_server.executor import Executor, overloaded
+from model_server.failures import log_failure
 from model_server.features import Features
 from model_server.logs import Log
 from model_server.metrics import Metrics, Tally
@@ -163,9 +164,9 @@ class Predictions:
         if isinstance(error, Refusal):
             return Reply(route.error(error.status, error.message), error.status, headers=error.headers)
         if isinstance(error, ModelFailed | UnusableOutput):
-            self._log.error("prediction_failed", str(error), error, request_id=request_id)
+            log_failure(self._log, error, request_id=request_id)
             return Reply(route.error(500, "the model failed on this request"), 500)
-        self._log.error("internal_error", "the service itself failed", error, request_id=request_id)
+        self._log.failure("internal_error", "the service itself failed", error, request_id=request_id)
         return Reply(route.error(500, "internal error"), 500)
 
     def _answer(

@@ -169,7 +169,7 @@ def create_app(frame: Frame, log: Log) -> flask.Flask:
 
     @app.errorhandler(Exception)
     def unexpected(error: Exception) -> flask.Response:
-        log.error("internal_error", "the service itself failed", error, request_id=flask.g.get("request_id"))
+        log.failure("internal_error", "the service itself failed", error, request_id=flask.g.get("request_id"))
         return error_response("internal error", 500)
 
     return app

@@ -85,7 +85,7 @@ def run_worker(
 
 def _end(log: Log, failure: threading.ExceptHookArgs) -> None:
     """The end of a worker that lost a thread: some requests would wait for ever, and a replacement has none of them."""
-    log.error("thread_failed", "a thread of the worker failed", failure.exc_value)
+    log.failure("thread_failed", "a thread of the worker failed", failure.exc_value or SystemExit())
     os._exit(1)
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rollout import bundles, files, host
+from rollout import audit, bundles, files, host
 from rollout.config import Config
 from rollout.errors import ApplianceError, Failed, describe_os_error
-from rollout.releases import Release, Releases
+from rollout.releases import GATE_DISABLED, GATE_PASSED, GATE_SKIPPED, Release, Releases
 from rollout.routing import Routing
 from rollout.text import tidy
 
@@ -24,6 +24,7 @@ _NEW_BUNDLE_SECONDS = 3600
 # As long as the next delivery waits for one that came to no end: over a slow line, one may take hours.
 _INCOMING_SECONDS = 86400
 _DOCKER_SECONDS = 120.0
+_LET_THROUGH = (GATE_PASSED, GATE_SKIPPED, GATE_DISABLED)
 _PROC = Path("/proc")
 _NUMBER = re.compile(r"[1-9][0-9]*")
 
@@ -47,12 +48,13 @@ class Pruned:
 def prune(config: Config, releases: Releases, routing: Routing, keep: int, named: set[int]) -> Pruned:
     """Remove the releases that aren't in use, in `named`, or among the last `keep`; then what none of the rest names.
 
-    In use are those that the colours hold and the one that a rollback returns to. The newest stays with `keep` 0 too:
-    no number is given twice. For the holder of the lock. Raises nothing foreseeable: faults become `problems`.
+    Nor do the last `keep` go that were good enough for users, however many failed after them. In use are those that the
+    colours hold and the one that a rollback returns to. The newest stays with `keep` 0 too: no number is given twice.
+    For the holder of the lock. Raises nothing foreseeable: faults become `problems`.
     """
     pruned = Pruned()
     try:
-        _prune_releases(releases, _in_use(config, releases, routing) | named, max(keep, 1), pruned)
+        _prune_releases(config, releases, _in_use(config, releases, routing) | named, max(keep, 1), pruned)
         left = [releases.get(number) for number in _numbers(releases)]
         _prune_bundles(config.bundles_dir, left, pruned)
         _prune_images(left, pruned)
@@ -73,9 +75,19 @@ def _numbers(releases: Releases) -> list[int]:
     return sorted(int(path.name) for path in _directories(releases.directory, _NUMBER))
 
 
-def _prune_releases(releases: Releases, used: set[int | None], keep: int, pruned: Pruned) -> None:
+def _good(config: Config, releases: Releases, numbers: list[int]) -> list[int]:
+    """Those that their load test, or who did without it, let through, or that were live: not what failed before."""
+    lived = {entry.get("release") for entry in audit.read(config.audit_file) if audit.has_switched(entry)}
+    return [number for number in numbers if number in lived or releases.gate(number) in _LET_THROUGH]
+
+
+def _prune_releases(config: Config, releases: Releases, used: set[int | None], keep: int, pruned: Pruned) -> None:
     _clear(releases.directory.glob(".old-*"), pruned)
-    for number in _numbers(releases)[:-keep]:
+    older = _numbers(releases)[:-keep]
+    if not older:
+        return
+    used = used | set(_good(config, releases, _numbers(releases))[-keep:])
+    for number in older:
         if number not in used and _remove(releases.directory / str(number), pruned):
             pruned.releases.append(number)
 

@@ -4,9 +4,12 @@
 wants, the last does it.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -57,6 +60,7 @@ class Site:
         self.delivered = self.bundles / "simplemodel/1.1.0"
         self.source = root / "work/1.1.0"
         shutil.copytree(SOURCE, self.source)
+        (root / "files").symlink_to(PROJECT / "playbooks/files")
         self.bin = root / "bin"
         self.bin.mkdir()
         move = f'exec {shutil.which("mv")} "$@"\n'
@@ -183,6 +187,80 @@ def look(directory, state=Path("/nowhere")):
     return subprocess.run(["/bin/sh", "-c", rendered], capture_output=True, text=True, check=True, timeout=60)
 
 
+STAT = """#!/bin/sh
+for place; do :; done
+case $1 in
+  --file-system) [ "$place" = {passing} ] && echo {free} 1 || echo 1050000 1 ;;
+  *) [ "$place" = {passing} ] && echo 2 || echo 1 ;;
+esac
+"""
+
+
+def room(root, size, *, largest=1000, free=0, passing="~/tmp"):
+    """What room.yml says of a host with 1.05 MB for bundles, and another file system with `free` bytes."""
+    (root / "bin").mkdir(exist_ok=True)
+    (root / "bin/stat").write_text(STAT.format(passing=root / "tmp", free=free))
+    (root / "bin/stat").chmod(0o755)
+    rendered = script(
+        "room.yml",
+        "Look for room",
+        rollout_bundle={"name": "simplemodel", "version": "1.1.0", "size": size, "largest": largest},
+        rollout_state_dir=str(root / "state dir"),
+        ansible_remote_tmp=passing,
+    )
+    environment = {"HOME": str(root), "PATH": f"{root}/bin:/usr/bin:/bin"}
+    answer = subprocess.run(["/bin/sh", "-ec", rendered], capture_output=True, text=True, timeout=60, env=environment)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    return " ".join(answer.stdout.split())
+
+
+def test_a_bundle_without_room_is_refused(tmp_path):
+    # Nothing is there yet.
+    assert room(tmp_path, 1_000_000) == ""
+    said = f"simplemodel 1.1.0 needs 2 MB in {tmp_path}, where 1 MB are free."
+    assert (
+        room(tmp_path, 1_000_001) == f"{said} On the host, 'sudo appliance prune' removes what nothing needs any more."
+    )
+    bundles = tmp_path / "state dir/bundles"
+    (bundles / "simplemodel/.incoming-x").mkdir(parents=True)
+    said = room(tmp_path, 50_000_000_000)
+    assert said.startswith(f"simplemodel 1.1.0 needs 52500 MB in {bundles}, where 1 MB are free. On the host, ")
+    assert said.endswith(f": {bundles}/simplemodel/.incoming-x. Remove those that no run is at.")
+
+
+def test_the_place_that_files_pass_through_has_room_too(tmp_path):
+    assert room(tmp_path, 20_000, largest=10_000) == "", "on the same file system"
+    (tmp_path / "tmp").mkdir()
+    assert room(tmp_path, 20_000, largest=10_000, free=10_500) == ""
+    for passing in ("~/tmp", f"{tmp_path}/tmp/x/y"):
+        said = room(tmp_path, 20_000, largest=10_000, free=10_499, passing=passing)
+        assert said.startswith(f"simplemodel 1.1.0 needs 1 MB in {tmp_path}/tmp, where 0 MB are free. Files pass")
+
+
+def test_only_what_is_to_be_delivered_needs_room():
+    tasks = yaml.safe_load((PROJECT / "roles/rollout/tasks/place_one.yml").read_text())
+    included = [task.get("ansible.builtin.include_tasks") for task in tasks]
+    assert included.index("delivered.yml") < included.index("room.yml") < included.index("deliver.yml")
+    # In check mode too.
+    assert tasks[included.index("room.yml")]["when"] == "rollout_delivered.stdout is not match('whole')"
+
+
+def test_the_size_of_a_bundle_is_known(tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(SOURCE, bundle)
+    before = describe(bundle)
+    (bundle / "deeper").mkdir()
+    (bundle / "deeper/x").write_bytes(bytes(1_000_001))
+    after = describe(bundle)
+    assert after["size"] - before["size"] == after["largest"] == 245 * 4096
+    assert {key: after[key] for key in ("name", "version")} == {"name": "simplemodel", "version": "1.1.0"}
+
+
+def describe(bundle):
+    program = PROJECT / "roles/rollout/files/describe_bundle.py"
+    return json.loads(subprocess.check_output([sys.executable, program, bundle], timeout=60))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_seen(tmp_path, damage):
     bundle = tmp_path / "bundle"
@@ -295,6 +373,107 @@ def test_an_archive_is_recorded_as_where_it_lies(site):
     assert f":{archive} --revision {revision} --who carol" in call
 
 
+def unpack(archive, directory):
+    program = PROJECT / "playbooks/files/unpack_bundle.py"
+    directory.mkdir()
+    return subprocess.run([sys.executable, program, archive, directory], capture_output=True, text=True, timeout=60)
+
+
+def archived(path, *members):
+    """An archive of the bundle, and members besides it; in the middle, so that a part of it comes after them."""
+    with tarfile.open(path, "w:gz") as made:
+        made.add(SOURCE / "model.py", arcname="./1.1.0/model.py")
+        for about in members:
+            about.size = 4 if about.isreg() else 0
+            made.addfile(about, io.BytesIO(b"gone"))
+        made.add(SOURCE, arcname="1.1.0")
+    return path
+
+
+def member(name, kind=tarfile.REGTYPE, target=""):
+    about = tarfile.TarInfo(name)
+    about.type, about.linkname = kind, target
+    return about
+
+
+@pytest.mark.parametrize("mode", ["gz", ""])
+def test_an_archive_is_unpacked_as_it_is(tmp_path, mode):
+    with tarfile.open(tmp_path / "model.tar.gz", f"w:{mode}") as made:
+        made.add(SOURCE, arcname="1.1.0")
+    answer = unpack(tmp_path / "model.tar.gz", tmp_path / "unpacked")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    names = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*") if path.is_file())
+    found = tmp_path / "unpacked/1.1.0"
+    assert sorted(path.relative_to(found) for path in found.rglob("*") if path.is_file()) == names
+    assert all((found / name).read_bytes() == (SOURCE / name).read_bytes() for name in names)
+
+
+INTRUDERS = {
+    "absolute": (lambda root: member(f"{root}/escaped"), "{root}/escaped' has an absolute name"),
+    "above": (lambda root: member("1.1.0/../../escaped"), "'1.1.0/../../escaped' has '..' in its name"),
+    "a link": (lambda root: member("1.1.0/x", tarfile.SYMTYPE, "/etc/shadow"), "'1.1.0/x' is a link"),
+    "a hard link": (lambda root: member("1.1.0/x", tarfile.LNKTYPE, "1.1.0/model.py"), "'1.1.0/x' is a link"),
+    "a device": (lambda root: member("1.1.0/x", tarfile.CHRTYPE), "'1.1.0/x' is neither a file nor a directory"),
+    "a pipe": (lambda root: member("1.1.0/x", tarfile.FIFOTYPE), "'1.1.0/x' is neither a file nor a directory"),
+    "odd": (lambda root: member("../\x1b[2J\n"), "its member '../\\x1b[2J\\n' has '..' in its name"),
+}
+
+
+@pytest.mark.parametrize("intruder", INTRUDERS)
+def test_what_doesnt_belong_into_an_archive_is_refused(tmp_path, intruder):
+    make, words = INTRUDERS[intruder]
+    archive = archived(tmp_path / "model.tar.gz", make(tmp_path))
+    (tmp_path / "a").mkdir()
+    answer = unpack(archive, tmp_path / "a/b")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+    assert answer.stderr.startswith(f"{archive} can't be a bundle") and words.format(root=tmp_path) in answer.stderr
+    assert not list(tmp_path.rglob("escaped*")) and not list(tmp_path.rglob("x"))
+
+
+def cut_off(content):
+    return content[:-200]
+
+
+def without_checksum(content):
+    return content[:-4]
+
+
+def with_a_changed_byte(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+
+
+def with_a_broken_head(content):
+    members = bytearray(gzip.decompress(content))
+    # The second member's.
+    members[members.index(b"1.1.0\0") if b"1.1.0\0" in members else members.index(b"1.1.0/\0")] ^= 1
+    return gzip.compress(bytes(members))
+
+
+def nothing(content):
+    return b""
+
+
+def other(content):
+    return b"PK\3\4" + bytes(1000)
+
+
+@pytest.mark.parametrize("damage", [cut_off, without_checksum, with_a_changed_byte, with_a_broken_head, nothing, other])
+def test_an_archive_that_is_damaged_is_refused(tmp_path, damage):
+    archive = archived(tmp_path / "model.tar.gz")
+    archive.write_bytes(damage(archive.read_bytes()))
+    answer = unpack(archive, tmp_path / "unpacked")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+    assert answer.stderr.startswith(f"{archive} can't be read to its end: it is")
+
+
+def test_an_archive_that_has_no_place_is_refused(tmp_path):
+    archive = archived(tmp_path / "model.tar.gz", member("1.1.0/x"), member("1.1.0/x/y"))
+    answer = unpack(archive, tmp_path / "unpacked")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+    assert f"{archive} can't be unpacked to {tmp_path}/unpacked: its member '1.1.0/x/y': " in answer.stderr
+
+
 @pytest.mark.parametrize("check", [False, True])
 def test_what_is_live_already_isnt_placed_again(site, check):
     shutil.copytree(SOURCE, site.delivered)
@@ -341,6 +520,20 @@ def field(name, value):
     return change
 
 
+def in_place_of(name, make):
+    def change(bundle):
+        (bundle / name).unlink()
+        make(bundle / name)
+
+    return change
+
+
+def link(path):
+    """To a file that is none of the bundle's."""
+    (path.parent.parent / "secret").write_text("[ a key")
+    path.symlink_to("../secret")
+
+
 MISTAKES = {
     "no name": (field("name", None), "{}/manifest.yaml: name is missing: it must be small letters"),
     "no version": (field("version", None), "{}/manifest.yaml: version is missing: it must be letters"),
@@ -365,6 +558,18 @@ MISTAKES = {
     "no manifest": (lambda bundle: (bundle / "manifest.yaml").unlink(), "{}/manifest.yaml is missing"),
     "no checksums": (lambda bundle: (bundle / "SHA256SUMS").unlink(), "{}/SHA256SUMS is missing: `bundle_tool sums`"),
     "no text": (lambda bundle: (bundle / "SHA256SUMS").write_bytes(b"\xff"), "{}/SHA256SUMS isn't text in UTF-8"),
+    "a linked manifest": (in_place_of("manifest.yaml", link), "{}/manifest.yaml must be a regular file; it is a link"),
+    "linked checksums": (in_place_of("SHA256SUMS", link), "{}/SHA256SUMS must be a regular file; it is a link"),
+    "checksums without end": (
+        in_place_of("SHA256SUMS", lambda path: path.symlink_to("/dev/zero")),
+        "{}/SHA256SUMS must be a regular file",
+    ),
+    "a pipe": (in_place_of("SHA256SUMS", os.mkfifo), "{}/SHA256SUMS must be a regular file"),
+    "a directory": (in_place_of("manifest.yaml", os.mkdir), "{}/manifest.yaml must be a regular file"),
+    "many checksums": (
+        lambda bundle: os.truncate(bundle / "SHA256SUMS", 5 << 20),
+        "{}/SHA256SUMS is larger than 4 MiB",
+    ),
 }
 
 
@@ -375,9 +580,30 @@ def test_a_mistake_in_a_bundle_is_named(tmp_path, mistake):
     shutil.copytree(SOURCE, source)
     change(source)
     program = PROJECT / "roles/rollout/files/describe_bundle.py"
-    answer = subprocess.run([sys.executable, program, source], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(
+        [sys.executable, program, source], capture_output=True, text=True, timeout=10, preexec_fn=little_memory
+    )
     assert (answer.returncode, answer.stdout) == (1, "") and words.format(source) in answer.stderr
     assert answer.stderr.count("\n") == 1, "one line"
+    assert "key" not in answer.stderr
+
+
+def little_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+
+def test_a_refused_link_shows_nothing_of_what_it_leads_to():
+    listed = yaml.safe_load((PROJECT / "roles/rollout/tasks/check.yml").read_text())
+    [block] = [task["block"] for task in listed if "block" in task]
+    [number] = [number for number, task in enumerate(block) if "links" in task.get("vars", {})]
+    # Nothing was judged before, and the sentence can be made without the bundle's own files.
+    assert not [task for task in block[:number] if "ansible.builtin.assert" in task]
+    check, variables = block[number]["ansible.builtin.assert"], block[number]["vars"]
+    assert check["that"] == "links | length == 0" and "lookup" not in str(block[number])
+    files = [{"isreg": False, "isdir": False, "path": "/b/SHA256SUMS"}, {"isreg": True, "isdir": False, "path": "/b/x"}]
+    links = jinja2.Environment().compile_expression(variables["links"].strip("{} "))(rollout_files={"files": files})
+    said = jinja2.Template(check["fail_msg"]).render(rollout_source="/b", links=list(links))
+    assert said.strip() == "/b must hold regular files only; links and the like: /b/SHA256SUMS."
 
 
 def test_a_mistake_in_a_bundle_is_all_that_is_said(site):

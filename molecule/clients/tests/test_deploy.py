@@ -95,55 +95,36 @@ def test_what_is_damaged_on_the_host_is_delivered_again(host, playbook, engine, 
     assert engine("status")["colours"][untouched["idle"]]["status"] == "ready"
 
 
-def test_a_truncated_archive(playbook, untouched, tmp_path):
-    archive = archived(tmp_path / "model.tar.gz", SOURCE)
-    archive.write_bytes(archive.read_bytes()[:-200])
-    refused = playbook("deploy", "-e", f"bundle={archive}")
-    assert refused.returncode != 0 and "gzip" in refused.stdout
-
-
+# What else is refused, tests/unit/test_delivery.py has.
 def test_an_archive_that_escapes(playbook, untouched, tmp_path, monkeypatch):
     archive = tmp_path / "model.tar.gz"
     with tarfile.open(archive, "w:gz") as made:
         made.add(SOURCE, arcname="1.1.0")
-        for name in ("../escaped", "../../escaped", str(tmp_path / "escaped")):
-            outside = tarfile.TarInfo(name)
-            outside.size = 4
-            made.addfile(outside, io.BytesIO(b"gone"))
+        outside = tarfile.TarInfo("../../escaped")
+        outside.size = 4
+        made.addfile(outside, io.BytesIO(b"gone"))
     # Where it is unpacked, so that what escapes would land where this test looks.
     scratch = tmp_path / "a" / "b"
     scratch.mkdir(parents=True)
     monkeypatch.setenv("TMPDIR", str(scratch))
-    playbook("deploy", "-e", f"bundle={archive}")
-    assert [path for path in tmp_path.rglob("escaped*") if scratch not in path.parents] == []
+    refused = playbook("deploy", "-e", f"bundle={archive}")
+    assert refused.returncode != 0 and "has '..' in its name" in " ".join(refused.stdout.split()), refused.stdout[
+        -2000:
+    ]
+    assert list(tmp_path.rglob("escaped*")) == []
     assert list(scratch.glob("bundle-*")) == []
 
 
-def test_links(playbook, untouched, tmp_path, monkeypatch):
+def test_a_link_in_a_directory(playbook, untouched, tmp_path):
     broken = changed_copy(tmp_path / "broken")
     (broken / "weights.pth").rename(tmp_path / "weights.pth")
     (broken / "weights.pth").symlink_to(tmp_path / "weights.pth")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    refused = playbook("deploy", "-e", f"bundle={archived(tmp_path / 'model.tar.gz', broken)}")
-    assert refused.returncode != 0 and "links" in refused.stdout, refused.stdout[-2000:]
-    assert list(tmp_path.glob("bundle-*")) == []
-
-
-def test_a_name_that_is_a_path(host, playbook, untouched, tmp_path):
-    broken = changed_copy(tmp_path / "broken", name="../../../../tmp/x")
     refused = playbook("deploy", "-e", f"bundle={broken}")
-    assert refused.returncode != 0 and "must be small letters" in refused.stdout, refused.stdout[-2000:]
-    assert not host.file("/tmp/x").exists
+    assert refused.returncode != 0 and "links" in refused.stdout, refused.stdout[-2000:]
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nothing-there", "doesn't exist"),
-        ("bundles", "several bundles"),
-        ("docs", "no manifest.yaml"),
-        ("README.md", "neither a directory nor a .tar.gz"),
-    ],
+    ("name", "words"), [("bundles", "several bundles"), ("README.md", "neither a directory nor a .tar.gz")]
 )
 def test_what_is_no_bundle(playbook, untouched, name, words):
     refused = playbook("deploy", "-e", f"bundle={PROJECT / name}")

@@ -1,17 +1,27 @@
-"""Print the name, version and digest of the bundle in a directory as JSON, or say what is wrong: check.yml calls it.
+"""Print what a delivery must know of the bundle in a directory as JSON, or say what is wrong: check.yml calls it.
 
 Exit status 1, and one line on standard error that names the file and the field, where they can't be told.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
+import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+# Far more than a manifest or the checksums of many files need.
+LARGEST_BYTES = 4 << 20
+# What file systems give to files.
+_BLOCK_BYTES = 4096
 
 # Both become a path on the host.
 FIELDS = {
@@ -23,8 +33,11 @@ FIELDS = {
 }
 
 
-def describe(directory: Path) -> dict[str, str]:
-    """The bundle's name, version, and the SHA-256 of its SHA256SUMS. Raises ValueError with a whole sentence."""
+def describe(directory: Path) -> dict[str, Any]:
+    """The bundle's name, version, the SHA-256 of its SHA256SUMS, and its size and that of its largest file on a disk.
+
+    Raises ValueError with a whole sentence.
+    """
     manifest, sums = directory / "manifest.yaml", directory / "SHA256SUMS"
     text = _read(manifest, "a bundle has its manifest there: docs/ml-engineers.md")
     try:
@@ -44,17 +57,40 @@ def describe(directory: Path) -> dict[str, str]:
             raise ValueError(f"{manifest}: {field} must be {words}; it is {json.dumps(value, default=str)[:100]}")
         found[field] = value
     text = _read(sums, "`bundle_tool sums` writes it, `bundle_tool check` looks whether all is well")
-    return found | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+    sizes = list(_sizes(directory))
+    return found | {"digest": hashlib.sha256(text.encode()).hexdigest(), "size": sum(sizes), "largest": max(sizes)}
+
+
+def _sizes(directory: Path) -> Iterator[int]:
+    """What each file takes on a disk, in bytes."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            yield -(-os.lstat(os.path.join(parent, name)).st_size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _read(path: Path, advice: str) -> str:
     try:
-        # Not read_text(): the digest is of the bytes as they are.
-        return path.read_bytes().decode()
+        # Nothing is read through a link: it may lead to a file of the controller, and what is wrong with that would be
+        # shown. Nor is a pipe waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError(f"{path} must be a regular file")
+            # Not as text: the digest is of the bytes as they are.
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(LARGEST_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {advice}") from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} must be a regular file; it is a link") from None
         raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    if len(content) > LARGEST_BYTES:
+        raise ValueError(f"{path} is larger than {LARGEST_BYTES >> 20} MiB: {advice}")
+    try:
+        return content.decode()
     except UnicodeDecodeError:
         raise ValueError(f"{path} isn't text in UTF-8: {advice}") from None
 

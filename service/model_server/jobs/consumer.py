@@ -9,6 +9,7 @@ import time
 from model_server import payload
 from model_server.config import Config
 from model_server.core import Models
+from model_server.failures import log_failure
 from model_server.jobs import Outage, create
 from model_server.jobs.queue import Queue
 from model_server.jobs.store import Job, Store
@@ -166,7 +167,7 @@ class _Consumer:
             return None, str(error)
         # Whatever the model's code raises: the next job may do better.
         except Exception as error:
-            self._log.error("prediction_failed", str(error), error, job=job.id)
+            log_failure(self._log, error, job=job.id)
             return None, "the model failed on this request"
 
     def _note(self, job: Job, status: str, seconds: float | None = None) -> None:

@@ -12,7 +12,8 @@ def test_defaults():
     assert config.workers == len(os.sched_getaffinity(0))
     assert (str(config.bundle_dir), str(config.socket_dir)) == ("/bundle", "/run/appliance")
     assert (config.max_body_bytes, config.queue_limit, config.drain_seconds) == (8_388_608, 128, 25)
-    assert config.hang_seconds == 60
+    assert config.hang_seconds == 60 and config.log_error_messages is False
+    assert Config.from_environment({"MODEL_LOG_ERROR_MESSAGES": "1"}).log_error_messages is True
     assert (config.host, config.port, config.cors_origins) == ("127.0.0.1", None, ())
 
 
@@ -31,6 +32,7 @@ def test_origins_are_separated_by_commas_or_spaces():
         ("MODEL_WORKERS", "\u0662"),
         ("MODEL_QUEUE_LIMIT", "1.5"),
         ("MODEL_PORT", "70000"),
+        ("MODEL_LOG_ERROR_MESSAGES", "yes"),
         ("MODEL_SOCKET_DIR", "/" + "x" * 100),
     ],
 )

@@ -13,10 +13,12 @@ import pytest
 from model_server import jobs
 from model_server.config import Config, ConfigError, JobsConfig
 from model_server.core import Refusal
+from model_server.errors import ModelFailed
 from model_server.jobs.consumer import _Consumer
 from model_server.jobs.queue import Queue
 from model_server.jobs.store import STATUSES, Store
 from model_server.logs import Log
+from model_server.payload import TensorSpec
 
 VERSIONS = {"m": "2"}
 BODY = b'{"data": [1, 2]}'
@@ -314,6 +316,35 @@ def test_a_consumer_gives_the_other_colour_time_before_it_gives_jobs_up(store, c
     consumer.turn()
     assert store.find(job.id).status == "failed"
     consumer.end(60)
+
+
+class BadInput(Exception):
+    """What a model's own code may raise."""
+
+
+@pytest.mark.parametrize("quotes", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_model_says_of_an_input_is_logged_only_where_asked_for(store, config, tmp_path, quotes, wrapped):
+    def fail(*_):
+        try:
+            float("+49 151")
+        except ValueError as error:
+            if wrapped:
+                failed = BadInput(f"not {error}")
+                raise ModelFailed(f"the model failed: BadInput: {failed}") from failed
+            raise BadInput(f"not {error}") from error
+
+    bundle = SimpleNamespace(input=TensorSpec((1,), "float32"), max_rows=1)
+    model = SimpleNamespace(name="m", version="1", bundle=bundle, prepare=list, predict=fail)
+    settings = Config.from_environment({"MODEL_COLOUR": "blue", "MODEL_JOBS_DIR": str(tmp_path)})
+    with open(tmp_path / "log", "wb") as log:
+        models = SimpleNamespace(all=[model], find=lambda name: model)
+        consumer = _Consumer(models, settings, MagicMock(), Log(log.fileno(), quotes=quotes))
+        assert consumer._predict(submit(store), b'{"data": [1]}') == (None, "the model failed on this request")
+    [line] = [json.loads(text) for text in (tmp_path / "log").read_text().splitlines()]
+    assert line["event"] == "prediction_failed" and line["message"].startswith("the model failed: BadInput")
+    assert ("+49" in line["message"], "+49" in json.dumps(line)) == (quotes, quotes)
+    assert "BadInput" in line["traceback"]
 
 
 def test_adopted_jobs_run_in_their_turn_though_others_wait(store, config, tmp_path):

@@ -285,7 +285,7 @@ def test_a_job_that_takes_too_long_fails_and_the_next_one_runs(short_dir, bundle
         client.wait(following, "completed")
 
 
-def test_what_the_model_raises_stays_in_the_log(short_dir, bundle_dir, tmp_path):
+def test_what_the_model_says_when_it_fails_is_told_to_nobody(short_dir, bundle_dir, tmp_path):
     source = (bundle_dir / "model.py").read_text()
     failing = 'import sys\n        rows[0, 0] == 9 and sys.exit("a secret")\n        return self.layers(rows)'
     (bundle_dir / "model.py").write_text(source.replace("return self.layers(rows)", failing))
@@ -297,7 +297,10 @@ def test_what_the_model_raises_stays_in_the_log(short_dir, bundle_dir, tmp_path)
         status, _, answer = client.ask("GET", f"/v1/jobs/{job_id}/result")
         assert (status, answer) == (409, {"error": "the job failed: the model failed on this request"})
         client.wait(client.submit(ROW), "completed")
-        assert "a secret" in client.service.log_file.read_text()
+        [line] = [line for line in client.service.logs() if line["event"] == "prediction_failed"]
+        assert (line["job"], line["message"]) == (job_id, "the model failed: SystemExit")
+        # What it says may quote the input.
+        assert ", in forward\n" in line["traceback"] and "a secret" not in client.service.log_file.read_text()
 
 
 def test_online_requests_come_first(client):

@@ -310,13 +310,14 @@ def test_full_queue_is_refused_at_once_while_health_answers(short_dir, bundle_di
         assert [result[0] for result in results + more_results] == [200] * 3
 
 
-def test_model_that_fails_on_a_request(short_dir, bundle_dir):
+@pytest.mark.parametrize("quotes", [False, True])
+def test_model_that_fails_on_a_request(short_dir, bundle_dir, quotes):
     source = (bundle_dir / "model.py").read_text()
     broken = "if rows[0, 0] == 9:\n            raise RuntimeError('secret place')\n"
     broken += "        return self.layers(rows) * (float('nan') if rows[0, 0] == 8 else 1)"
     (bundle_dir / "model.py").write_text(source.replace("return self.layers(rows)", broken))
     write_sums(bundle_dir)
-    with running(short_dir, bundle_dir, MODEL_WORKERS=1) as service:
+    with running(short_dir, bundle_dir, MODEL_WORKERS=1, MODEL_LOG_ERROR_MESSAGES=int(quotes)) as service:
         service.wait_ready()
         messages = {9: (500, "the model failed on this request"), 8: (400, NOT_FINITE)}
         for number, (code, message) in messages.items():
@@ -324,8 +325,11 @@ def test_model_that_fails_on_a_request(short_dir, bundle_dir):
             assert (status, json.loads(body)) == (code, {"error": message})
         assert service.predict([0.2, 0.6])[0] == 200
         assert service.metrics()['predictions_total{model="simplemodel",status="error"}'] == 4
-        failures = [line for line in service.logs() if line["event"] == "prediction_failed"]
-        assert len(failures) == 1 and "secret place" in failures[0]["traceback"]
+        [failure] = [line for line in service.logs() if line["event"] == "prediction_failed"]
+        assert failure["message"] == f"the model failed: RuntimeError{': secret place' if quotes else ''}"
+        assert "/model.py" in failure["traceback"] and ", in forward\n" in failure["traceback"]
+        # Neither the words of the exception nor the line that has them.
+        assert [("secret" in json.dumps(line)) for line in service.logs() if "traceback" in line] == [quotes]
 
 
 def test_hung_worker_is_killed_and_replaced(short_dir, bundle_dir):

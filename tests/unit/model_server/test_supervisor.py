@@ -93,6 +93,28 @@ def test_long_tracebacks_are_cut(tmp_path):
     assert len((tmp_path / "log").read_text()) < 13_000
 
 
+def test_failures_quote_nothing_unless_they_may(tmp_path):
+    def parse(text):
+        try:
+            float(text)
+        except ValueError:
+            raise KeyError(text)  # noqa: B904
+
+    log = log_to(tmp_path / "log")
+    try:
+        parse("+49 151")
+    except KeyError as error:
+        log.bind(a=1).failure("failed", "it failed", error, b=2)
+        log.quoting(True).bind(a=1).failure("failed", "it failed", error)
+    quiet, open_line = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert (quiet["message"], quiet["a"], quiet["b"]) == ("it failed: KeyError", 1, 2)
+    # The first one raised comes first.
+    first, second = quiet["traceback"].split("Traceback (most recent call last):\n")[1:]
+    assert first.endswith(", in parse\nValueError\n") and second.endswith(", in parse\nKeyError\n")
+    assert f'File "{__file__}", line ' in first and "float(" not in first and "+49" not in json.dumps(quiet)
+    assert open_line["message"] == "it failed: KeyError: '+49 151'" and "+49" in open_line["traceback"]
+
+
 def test_fork_failure_of_the_first_start_is_not_hidden(monkeypatch):
     monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(errno.EAGAIN, "no")))
     parent = Supervisor(SimpleNamespace(workers=1), None, None, "", None)

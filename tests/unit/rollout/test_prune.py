@@ -8,7 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from rollout import files, host, prune
+from rollout import audit, files, host, prune
 from rollout.errors import Failed
 from rollout.releases import Release
 from rollout.routing import State
@@ -114,6 +114,23 @@ def test_what_is_in_use_or_named_or_among_the_last_stays(world):
     assert pruned.images == ["appliance/model:1", "appliance/model:7"]
     assert pruned.describe() == "removed 3 releases, 3 bundles, 2 images"
     assert world.prune(keep=2, named={5}).describe() == "nothing to remove"
+
+
+def test_what_failed_pushes_nothing_good_out(world):
+    for _ in range(12):
+        world.release()
+    releases, trail = world.engine.releases, world.engine.config.audit_file
+    for number, verdict in {2: "passed", 3: "passed", 4: "skipped", 6: "disabled", 8: "failed", 10: "failed"}.items():
+        releases.set_gate(number, verdict, "w")
+    # Live without a load test, as the first release is; a command that was refused switched nothing.
+    audit.append(trail, {"outcome": "done", "release": 5, "live_before": None, "live_after": "blue"})
+    audit.append(trail, {"outcome": "refused", "release": 7, "live_before": "green", "live_after": "blue"})
+    assert world.prune(keep=4).releases == [1, 2, 7, 8]
+    assert world.numbers == {3, 4, 5, 6, 9, 10, 11, 12}
+    assert {"3.0.0", "4.0.0", "5.0.0", "6.0.0"} <= world.versions
+    for number in (10, 11, 12):
+        releases.set_gate(number, "passed", "w")
+    assert world.prune(keep=4).releases == [3, 4, 5]
 
 
 def test_no_number_is_given_twice(world):
