@@ -44,13 +44,19 @@ class Rollouts:
         return changed
 
     def end(self, ended: Plan, phase: str, reason: str | None = None) -> Plan:
-        """Record how a rollout ended."""
-        return self._write(ended._replace(phase=phase, reason=reason, ended=now(), asked=None, paused=False))
+        """Record how a rollout ended. Raises OSError where that can't be written; it is over all the same."""
+        over = ended._replace(phase=phase, reason=reason, ended=now(), asked=None, paused=False)
+        try:
+            return self._write(over)
+        except OSError:
+            # Where a full disk leaves the routing state of before, the old plan would fit it: it would go on.
+            plan.close(self.config.rollout_file, over)
+            raise
 
     def _end_after(self, result: Result, ended: Plan, phase: str, reason: str | None = None) -> Result:
         """Record how a rollout ended after its switch, which is `result`: what has happened isn't failed by its record.
 
-        Without the record the plan is none of the present routing state, or its watch ends it.
+        What is on record then is no more than that it is over, and why.
         """
         try:
             self.end(ended, phase, reason)
@@ -326,7 +332,10 @@ class Rollouts:
             if source not in HEALTHY and self._status(present.target) in HEALTHY:
                 problem = f"{present.source} is {source}"
         if problem:
-            self.end(present, plan.ABORTED, f"{reason}; no way back: {problem}")
+            try:
+                self.end(present, plan.ABORTED, f"{reason}; no way back: {problem}")
+            except OSError as error:
+                progress(f"the rollout's end isn't recorded: {describe_os_error(error).message}")
             raise Failed(
                 f"{present.target} stays live although {reason}: {problem}; look at both with 'appliance status'"
             )

@@ -655,14 +655,69 @@ def test_a_rollback_in_a_bake_that_isnt_recorded_has_happened(rollout, full):
     assert Rollouts(rollout.engine()).under_way() is None
 
 
-def test_a_canary_without_a_bake_that_isnt_recorded_is_live(rollout, full, monkeypatch):
-    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.02)
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+@pytest.mark.parametrize("what", ["the plan", "any file"])
+def test_on_a_full_disk_what_went_back_stays_back(rollout, monkeypatch, strategy, what):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    faulty(rollout, "some-500").run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else []))
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Routing, "switch", full_disk)
+        patch.setattr(*((plan, "write") if what == "the plan" else (files, "replace")), full_disk)
+        carry_out(rollout)
+        assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    # There is space again, and the colour does well, so that nothing but what is on record keeps it back.
+    rollout.host.running["green"].faults.clear()
+    rollout.configure(bake_seconds=0.3, canary_step_seconds=0.2)
+    for command in (["watch"], ["watch", "--settle"]):
+        assert rollout.run(*command).message == "no rollout is under way"
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    ended = present(rollout)
+    assert (ended.phase, ended.cause, ended.went_back) == (plan.ROLLED_BACK, "errors", True)
+    followed = rollout.run("follow")
+    assert followed.status == 1 and "errors" in followed.message and "back on blue" in followed.message
+    # Whatever made it live once: the way back leads to no release that went back.
+    routing = rollout.engine().routing
+    routing.switch(rollout.state._replace(previous="green", previous_release=3))
+    answer = rollout.run("rollback")
+    assert answer.status == 1 and "can't roll back to green" in answer.message and "errors" in answer.message
+    # The next rollout has a number of its own, and leaves nothing of this one.
+    assert canary(rollout).status == 0 and present(rollout).number == ended.number + 1
+    assert present(rollout).earlier == ended.describe()
+    assert [path.name for path in rollout.state_dir.glob("rollout.json*")] == ["rollout.json"]
+
+
+def test_on_a_full_disk_a_plan_that_cant_be_written_ends_no_other(rollout, full):
+    rollout.configure(bake_seconds=20)
+    faulty(rollout, "some-500").run("swap")
+    carry_out(rollout)
+    ended = present(rollout)
+    rollout.host.running["green"].faults.clear()
+    full.update((plan.CANARY, plan.BAKE, plan.ABORTED))
+    for command in (["swap"], ["swap", "--strategy", "canary"]):
+        answer = rollout.run(*command)
+        assert answer.status == 1 and "disk is full" in answer.message
+    assert present(rollout) == ended and rollout.state.live == "blue"
+
+
+def test_a_canary_without_a_bake_whose_end_isnt_recorded_is_live_and_over(rollout, full):
     rollout.configure(bake_seconds=0)
     full.add(plan.DONE)
     answer = canary(rollout, "--steps", "100")
     assert (answer.status, answer.json["changed"], rollout.state.live) == (0, True, "green"), answer.message
     assert "isn't recorded" in answer.message
-    # Nor does the watch take it for a failure of the release.
+    assert present(rollout).phase == plan.DONE and rollout.run("follow").status == 0
+
+
+def test_a_bake_whose_end_cant_be_kept_at_all_stays_live(rollout, full, monkeypatch):
+    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.02)
+    assert rollout.run("swap").status == 0
+    full.add(plan.DONE)
+    monkeypatch.setattr(plan, "close", lambda *_: None)
+    # The watch doesn't take it for a failure of the release.
     before = len(rollout.audit())
     thread = in_background(rollout)
     wait_for(lambda: len(rollout.audit()) > before)
