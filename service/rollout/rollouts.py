@@ -97,7 +97,8 @@ class Rollouts:
             self._start_watch()
             written = fresh._replace(state=self._next_state())
             try:
-                self.set_split(self._write(written), state, steps[0], "canary")
+                self._write(written)
+                self.set_split(state, steps[0], "canary")
             except BaseException as fault:
                 self._fall_back(fresh, state.number, str(fault))
                 raise
@@ -158,16 +159,12 @@ class Rollouts:
 
     # Going on
 
-    def set_split(self, present: Plan, state: State, percent: int, command: str) -> State:
-        """Give the idle colour `percent` of the users, which `present` has on record already."""
+    def set_split(self, state: State, percent: int, command: str) -> State:
+        """Give the idle colour `percent` of the users, which the plan has on record already. Raises OSError."""
         wanted = state._replace(
             split=percent, since=now(), who=self.engine.who, reason=self.engine.reason, command=command
         )
-        try:
-            return self.routing.switch(wanted)[0]
-        except OSError:
-            self._write(present._replace(before=state.number, state=state.number))
-            raise
+        return self.routing.switch(wanted)[0]
 
     def go_live(self, command: str, present: Plan, state: State) -> Result:
         """Make the plan's target live. The plan is on record before, so that a crash in between leaves it watched."""
@@ -196,7 +193,8 @@ class Rollouts:
         """Go back to the plan from before a switch that failed; `number` is the present routing state's."""
         fallen = present._replace(before=number, state=number)
         try:
-            if present.state == present.before and not present.step:
+            # A canary that has had users goes on.
+            if present.state == present.first:
                 self.end(fallen, plan.ABORTED, reason)
             else:
                 self._write(fallen)
@@ -218,12 +216,21 @@ class Rollouts:
             )
         if present.paused:
             return Result(present.describe(state), outcome="nothing")
-        step = len(present.steps) - 1 if present.asked == "promote" else present.step + 1
+        # A full disk may have kept a step on record that was never made: then it is made now.
+        made = state.split == present.percent
+        step = len(present.steps) - 1 if present.asked == "promote" else present.step + made
         percent = present.steps[step]
         if percent == 100:
             return self.go_live("promote", present, state)
         moved = present._replace(step=step, before=state.number, state=self._next_state())
-        self.set_split(self._write(moved), state, percent, "canary")
+        try:
+            self._write(moved)
+            self.set_split(state, percent, "canary")
+        except OSError as fault:
+            back = self.routing.known()
+            if back is None or back.number == state.number:
+                self._fall_back(present, state.number, str(fault))
+            raise
         return Result(
             moved.describe(),
             changed=True,

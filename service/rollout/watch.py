@@ -234,6 +234,7 @@ class Trial:
         self.config = config
         self._engine = Engine(config, "watch")
         self._present = begun
+        self._stage = (begun.phase, begun.percent_by(self._engine.routing.known()))
         # Our own requests count for as long as a step may last: to a slow model there are few.
         longest = max(config.canary_step_seconds, config.bake_seconds) + config.judge_patience_seconds
         own = (begun.mark, requestmark.of(config.runtime_dir))
@@ -257,13 +258,15 @@ class Trial:
 
     def follow(self, present: Plan) -> None:
         """Begin afresh where the plan has gone a step on."""
-        if (present.phase, present.step) != (self._present.phase, self._present.step):
+        # By what users have, since a full disk may keep back the step that is on record.
+        stage = (present.phase, present.percent_by(self._engine.routing.known()))
+        if stage != self._stage:
             # Rather from before the canary, where the old colour had all clients, as the new one has now.
             if present.phase == plan.BAKE and len(self._before.seconds) < self.config.judge_min_requests:
                 self._before = self._log.clients(present.source, self._since)
             self._since = time.monotonic()
             self.failures = 0
-        self._present = present
+        self._present, self._stage = present, stage
 
     @property
     def elapsed(self) -> float:

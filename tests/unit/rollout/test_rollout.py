@@ -690,6 +690,38 @@ def test_on_a_full_disk_what_went_back_stays_back(rollout, monkeypatch, strategy
     assert [path.name for path in rollout.state_dir.glob("rollout.json*")] == ["rollout.json"]
 
 
+@pytest.mark.parametrize("writes", [1, 2], ids=["the step", "the step and its undoing"])
+def test_a_step_that_a_full_disk_kept_back_is_made_later(rollout, monkeypatch, writes):
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout)
+    number, real, done = present(rollout).number, plan.write, []
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the routing")
+
+    def few(*arguments):
+        done.append(1)
+        real(*arguments) if len(done) < writes else full_disk()
+
+    def advance():
+        engine = rollout.engine()
+        return engine.run("canary", lambda: Rollouts(engine).advance(number))
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            done.clear()
+            patch.setattr(Routing, "switch", full_disk)
+            if writes == 2:
+                patch.setattr(plan, "write", few)
+            failed = advance()
+        assert not failed.ok and failed.message.startswith("the routing: "), failed.message
+        assert Rollouts(rollout.engine()).under_way() is not None and rollout.state.split == 1
+        assert present(rollout).step == (0 if writes == 1 else 1)
+        assert "1 % of users" in rollout.run("follow", "--seconds", "0").message
+    assert advance().ok
+    assert (rollout.state.split, present(rollout).step) == (5, 1)
+
+
 def test_on_a_full_disk_a_plan_that_cant_be_written_ends_no_other(rollout, full):
     rollout.configure(bake_seconds=20)
     faulty(rollout, "some-500").run("swap")
