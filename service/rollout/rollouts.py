@@ -276,16 +276,7 @@ class Rollouts:
         stays = state.live == present.source
         if not stays:
             self._check_way_back(present, reason)
-        wanted = state._replace(
-            live=present.source,
-            split=0,
-            since=now(),
-            who=self.engine.who,
-            reason=reason,
-            command="rollback",
-            previous=state.previous if stays else present.target,
-            previous_release=state.previous_release if stays else present.target_release,
-        )
+        wanted = self._way_back(present, state, reason)
         # What to ask then is read before the switch, so that it doesn't count as its time.
         body, wrong = b"", None
         try:
@@ -299,9 +290,9 @@ class Rollouts:
                 written, moment = self.routing.switch(wanted)
                 number = written.number
             except OSError:
-                # A full disk: the state from before it all is still there and complete.
-                moment = self.routing.point_to(present.first)
-                number = present.first
+                # A full disk: a state that leads back is there and complete.
+                number = self.routing.way_back(wanted) or present.first
+                moment = self.routing.point_to(number)
         ended = present._replace(before=number, state=number, cause=cause if goes_back else None)
         phase = phase if goes_back else plan.ABORTED
         try:
@@ -326,6 +317,20 @@ class Rollouts:
                 "switch_ms": first_ms,
                 "switched_at": None if moment is None else round(time.time() - (time.monotonic() - moment), 6),
             },
+        )
+
+    def _way_back(self, present: Plan, state: State, reason: str | None) -> State:
+        """The routing state that sends all traffic back from `state`."""
+        stays = state.live == present.source
+        return state._replace(
+            live=present.source,
+            split=0,
+            since=now(),
+            who=self.engine.who,
+            reason=reason,
+            command="rollback",
+            previous=state.previous if stays else present.target,
+            previous_release=state.previous_release if stays else present.target_release,
         )
 
     def _check_way_back(self, present: Plan, reason: str) -> None:
@@ -460,9 +465,12 @@ class Rollouts:
         if command != "maintenance" and any(changes.values()):
             self.engine.check(self.config.other(state.live), ("ready",))
         wanted = state._replace(**changes, since=now(), who=self.engine.who, reason=self.engine.reason, command=command)
+        back = None
         if found:
-            self._write(found[0]._replace(before=state.number, state=self._next_state()))
-        written, _ = self.routing.switch(wanted)
+            # Made now, since a full disk may not take it when traffic must go back.
+            back = self._way_back(found[0], wanted, wanted.reason)
+            self._write(found[0]._replace(before=state.number, state=self._next_state() + 1))
+        written, _ = self.routing.switch(wanted, back)
         return Result(said[command], changed=True, details={"live": state.live, "state": written.number})
 
 

@@ -690,6 +690,36 @@ def test_on_a_full_disk_what_went_back_stays_back(rollout, monkeypatch, strategy
     assert [path.name for path in rollout.state_dir.glob("rollout.json*")] == ["rollout.json"]
 
 
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_on_a_full_disk_the_way_back_keeps_maintenance_and_shadow(rollout, monkeypatch, strategy):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    rollout.run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else []))
+    for change in (["maintenance", "on"], ["shadow", "20"], ["maintenance", "off"], ["maintenance", "on"]):
+        assert rollout.run(*change).status == 0
+    assert Rollouts(rollout.engine()).under_way() is not None
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Routing, "switch", full_disk)
+    assert rollout.run("abort").status == 0
+    state = rollout.state
+    assert (state.live, state.split, state.shadow, state.maintenance) == ("blue", 0, 20, True)
+
+
+def test_on_a_full_disk_no_share_by_hand_comes_back(rollout, monkeypatch):
+    rollout.configure(canary_step_seconds=20)
+    rollout.run("split", "25")
+    assert canary(rollout).status == 0
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Routing, "switch", full_disk)
+    assert rollout.run("abort").status == 0
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
 @pytest.mark.parametrize("writes", [1, 2], ids=["the step", "the step and its undoing"])
 def test_a_step_that_a_full_disk_kept_back_is_made_later(rollout, monkeypatch, writes):
     rollout.configure(canary_step_seconds=20)
