@@ -169,7 +169,11 @@ class Rollouts:
     def go_live(self, command: str, present: Plan, state: State) -> Result:
         """Make the plan's target live. The plan is on record before, so that a crash in between leaves it watched."""
         # Whoever began the plan has seen to the load test: it mustn't come between a canary's step and the next.
-        release, examples = self.engine.check(present.target, ("ready",))
+        try:
+            release, examples = self.engine.check(present.target, ("ready",))
+        except Refused as fault:
+            fault.details["unfit"] = present.target
+            raise
         watched = present._replace(phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
         self._start_watch()
         try:

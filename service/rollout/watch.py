@@ -173,21 +173,38 @@ class Watch:
                     return None
                 unknown = "; ".join(f"{c.name}: {c.text}" for c in checks if c.verdict == NO_DATA)
                 return self._back(present, f"nothing could be said: {unknown}", "no data", checks)
+        if time.monotonic() < trial.again_at:
+            return None
         engine = self._engine(present.who)
         command = "promote" if present.asked else "canary" if present.phase == plan.CANARY else "bake"
         result = engine.run(command, lambda: Rollouts(engine).advance(present.number))
         progress(result.message)
         if result.exit_status == LockHeld.exit_status:
             return None
-        if not result.ok and present.phase == plan.BAKE:
-            # It has passed, and that a full disk doesn't take the record condemns nobody. It is judged until one can.
-            self._stopped.wait(_AGAIN_SECONDS)
-            return None
         if not result.ok:
-            return self._back(present, result.message, "health", checks)
+            return self._failed(trial, present, result, checks)
+        trial.failing_since = None
         self._record(engine, present, checks)
         latest = plan.read(self.config.rollout_file)
         return latest.describe() if latest and not latest.under_way else None
+
+    def _failed(self, trial: Trial, present: Plan, result: Result, checks: list[Check]) -> str | None:
+        """What becomes of a rollout that can't go on: back where that is the new colour's fault, or lasts for long."""
+        cause = result.details.get("cause")
+        if "unfit" in result.details or cause == "verification":
+            return self._back(present, result.message, cause or "health", checks)
+        # A full disk, the front door or Docker: that condemns nobody, and it is judged all the while.
+        trial.again_at = time.monotonic() + _AGAIN_SECONDS
+        if present.phase == plan.BAKE:
+            # It has passed, and only its record is missing.
+            return None
+        if trial.failing_since is None:
+            trial.failing_since = time.monotonic()
+        found = Rollouts(self._engine()).under_way()
+        lost = found is not None and found[0].unswitched(found[1])
+        if lost or time.monotonic() >= trial.failing_since + self.config.judge_patience_seconds:
+            return self._back(present, f"it couldn't go on: {result.message}", cause or "host", checks)
+        return None
 
     def _back(self, present: Plan, reason: str, cause: str, checks: list[Check] | None = None) -> str:
         engine = self._engine(reason=reason)
@@ -249,6 +266,9 @@ class Trial:
         # It was ready when the rollout began, so that only a boot since then gives it the time to become so again.
         self._starting = begun.boot is None or begun.boot != host.boot()
         self.failures = 0
+        # Since when it can't go on, although nothing is wrong with the new colour, and when to try again.
+        self.failing_since: float | None = None
+        self.again_at = 0.0
         self._synthetic = Synthetic(config, self._engine, begun)
 
     def close(self) -> None:
@@ -265,7 +285,7 @@ class Trial:
             if present.phase == plan.BAKE and len(self._before.seconds) < self.config.judge_min_requests:
                 self._before = self._log.clients(present.source, self._since)
             self._since = time.monotonic()
-            self.failures = 0
+            self.failures, self.failing_since = 0, None
         self._present, self._stage = present, stage
 
     @property

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from rollout import config, files, host, operations, plan, watch
 from rollout.errors import Failed
+from rollout.frontdoor import FrontDoor
 from rollout.operations import Engine
 from rollout.rollouts import Rollouts
 from rollout.routing import Routing
+from rollout.unixhttp import Disconnected
 from rollout.watch import Watch
 from rollout_stand_ins import wait_for
 
@@ -849,6 +851,56 @@ def test_a_promotion_that_fails_goes_back_altogether(rollout):
     thread.join(10)
     assert present(rollout).phase == plan.ROLLED_BACK
     assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def disk(box, patch):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the routing")
+
+    patch.setattr(Routing, "switch", fails)
+
+
+def docker(box, patch):
+    box.host.docker_fault = (500, {"message": "hangs"})
+    patch.callback = lambda: setattr(box.host, "docker_fault", None)
+
+
+def nginx(box, patch):
+    """It dies at the moment of the switch."""
+    ask = FrontDoor._ask
+
+    def gone(self, connection, body, request_id, *more, **options):
+        if "fresh" in request_id:
+            raise Disconnected("Connection refused")
+        return ask(self, connection, body, request_id, *more, **options)
+
+    patch.setattr(FrontDoor, "_ask", gone)
+
+
+@pytest.mark.parametrize("fault", [disk, docker, nginx])
+@pytest.mark.parametrize("lasts", [False, True], ids=["for a while", "for good"])
+def test_a_promotion_that_fails_by_no_fault_of_the_release_is_tried_again(rollout, monkeypatch, fault, lasts):
+    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.1)
+    rollout.configure(judge_patience_seconds=1.0 if lasts else 60)
+    assert canary(rollout, "--steps", "50,100").status == 0
+    with monkeypatch.context() as patch:
+        fault(rollout, patch)
+        rollout.run("promote")
+        before = len(rollout.audit())
+        thread = in_background(rollout)
+        if lasts:
+            wait_for(lambda: not present(rollout).under_way, 30)
+        else:
+            wait_for(lambda: len(rollout.audit()) > before + 2)
+            assert present(rollout).phase == plan.CANARY and (rollout.state.live, rollout.state.split) == ("blue", 50)
+        getattr(patch, "callback", lambda: None)()
+    thread.join(30)
+    if lasts:
+        assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+        assert present(rollout).phase == plan.ROLLED_BACK and "it couldn't go on" in present(rollout).reason
+        assert present(rollout).cause == ("front door" if fault is nginx else "host")
+    else:
+        assert present(rollout).phase == plan.DONE and rollout.state.live == "green", present(rollout)
 
 
 def test_a_watch_that_cant_start_leaves_everything_as_it_was(rollout):
