@@ -17,7 +17,9 @@ from rollout.routing import State
 CANARY, BAKE = "canary", "bake"
 UNDER_WAY = (CANARY, BAKE)
 DONE, ROLLED_BACK, ABORTED, SUPERSEDED = "done", "rolled_back", "aborted", "superseded"
-OVER = (DONE, ROLLED_BACK, ABORTED, SUPERSEDED)
+# Live and well, but nothing could be said about what it answers.
+UNJUDGED = "unjudged"
+OVER = (DONE, UNJUDGED, ROLLED_BACK, ABORTED, SUPERSEDED)
 
 
 class Plan(NamedTuple):
@@ -63,7 +65,7 @@ class Plan(NamedTuple):
         """How traffic was taken from the new colour by this rollout, or by an earlier one since which it got none."""
         if self.went_back:
             return self.describe()
-        return None if self.phase in (DONE, SUPERSEDED) else self.earlier
+        return None if self.phase in (DONE, UNJUDGED, SUPERSEDED) else self.earlier
 
     def unswitched(self, state: State) -> bool:
         """Whether the switch to the new colour is on record and hasn't happened: whoever was about to make it died."""
@@ -78,7 +80,7 @@ class Plan(NamedTuple):
         """The share of users that the new colour has."""
         if self.phase == CANARY:
             return self.steps[self.step]
-        return 100 if self.phase in (BAKE, DONE) else 0
+        return 100 if self.phase in (BAKE, DONE, UNJUDGED) else 0
 
     def percent_by(self, state: State | None) -> int:
         """The share of users that the new colour really has, where it is under way and `state` is the routing's."""

@@ -241,6 +241,21 @@ class Rollouts:
             details={"live": state.live, "release": present.target_release, "state": moved.state},
         )
 
+    def leave(self, number: int, reason: str) -> Result:
+        """End the bake of rollout `number`, about which nothing can be said: its colour serves all, and stays live."""
+        present, state = self._needed()
+        if present.number != number or state.live != present.target:
+            raise Refused(f"rollout {number} isn't under way any more")
+        result = Result(
+            f"unjudged: {present.target} (release {present.target_release}) stays live, {reason}",
+            ok=False,
+            changed=True,
+            outcome=plan.UNJUDGED,
+            exit_status=1,
+            details={"live": present.target, "release": present.target_release, "state": state.number},
+        )
+        return self._end_after(result, present, plan.UNJUDGED, reason)
+
     def order(self, what: str) -> Result:
         """Pause, resume or promote the rollout under way; `appliance watch` carries it out."""
         present, state = self._needed()

@@ -172,7 +172,11 @@ class Watch:
                 if trial.elapsed < trial.wanted_seconds + self.config.judge_patience_seconds:
                     return None
                 unknown = "; ".join(f"{c.name}: {c.text}" for c in checks if c.verdict == NO_DATA)
-                return self._back(present, f"nothing could be said: {unknown}", "no data", checks)
+                reason = f"nothing could be said: {unknown}"
+                healthy = any((check.name, check.verdict) == ("health", PASS) for check in checks)
+                if present.phase == plan.BAKE and healthy:
+                    return self._leave(present, reason, checks)
+                return self._back(present, reason, "no data", checks)
         if time.monotonic() < trial.again_at:
             return None
         engine = self._engine(present.who)
@@ -205,6 +209,15 @@ class Watch:
         if lost or time.monotonic() >= trial.failing_since + self.config.judge_patience_seconds:
             return self._back(present, f"it couldn't go on: {result.message}", cause or "host", checks)
         return None
+
+    def _leave(self, present: Plan, reason: str, checks: list[Check]) -> str:
+        """End a bake without a verdict: no data is no fail, and everybody has the new colour already."""
+        engine = self._engine(present.who)
+        hint = f"look whether {self.config.access_log} is written and whether the disk is full"
+        result = engine.run("bake", lambda: Rollouts(engine).leave(present.number, f"{reason}; {hint}"))
+        progress(result.message)
+        self._record(engine, present, checks)
+        return result.message
 
     def _back(self, present: Plan, reason: str, cause: str, checks: list[Check] | None = None) -> str:
         engine = self._engine(reason=reason)
@@ -259,6 +272,8 @@ class Trial:
         self._source, self._target = self._engine.colour(begun.source), self._engine.colour(begun.target)
         # In a bake no client uses the old colour: what they got from it just before is the measure.
         self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
+        if len(self._before.seconds) < config.judge_min_requests:
+            self._before = accesslog.before(config.access_log, begun.source, longest, *own)
         self._restarts: int | None = None
         self._compared: deque[tuple[float, dict[str, float]]] = deque()
         self._count_shadow()
@@ -308,11 +323,9 @@ class Trial:
             self._calm = time.monotonic()
             self._compared.clear()
             return [health, self._errors_at_start()]
-        since = max(self._since, self._calm, time.monotonic() - self.config.judge_window_seconds)
-        baking = self._present.phase == plan.BAKE
-        new = self._log.clients(self._target.name, since)
-        old = self._before if baking else self._log.clients(self._source.name, since)
         since_own = max(self._since, self._calm)
+        baking = self._present.phase == plan.BAKE
+        new, old = self._clients(since_own, baking)
         own_new, own_old = (self._log.own(colour.name, since_own) for colour in (self._target, self._source))
         least = self.config.judge_min_requests
         patience = judge.given_up_after(old if len(old.seconds) >= least else own_old, self.config)
@@ -338,6 +351,19 @@ class Trial:
         checks += times
         shadow = self._shadow()
         return checks + ([shadow] if shadow else [])
+
+    def _clients(self, earliest: float, baking: bool) -> tuple[Window, Window]:
+        """What clients got from both colours, within the window, or a longer one where that says too little."""
+        at, seconds = time.monotonic(), self.config.judge_window_seconds
+        while True:
+            since = max(earliest, at - seconds)
+            new = self._log.clients(self._target.name, since)
+            old = self._before if baking else self._log.clients(self._source.name, since)
+            few = min(len(window.seconds) for window in ((new,) if baking else (new, old)))
+            # Old good answers mustn't hide errors of now, nor a fault that the colour has had for long.
+            if since == earliest or new.errors >= _ENOUGH_ERRORS or few >= self.config.judge_min_requests:
+                return new, old
+            seconds *= 2
 
     def _errors_at_start(self) -> Check:
         """What clients get from a new colour that still starts while the old one is well."""

@@ -239,6 +239,72 @@ def test_without_data_it_waits_and_then_goes_back(rollout):
     assert rollout.audit()[-1]["cause"] == "no data"
 
 
+def test_a_bake_without_data_stays_live_unjudged(rollout):
+    rollout.configure(synthetic_per_second=0, judge_patience_seconds=0.5)
+    assert rollout.run("swap").status == 0
+    carry_out(rollout)
+    ended = present(rollout)
+    assert (ended.phase, ended.cause, ended.percent, rollout.state.live) == (plan.UNJUDGED, None, 100, "green")
+    for word in ("errors: 0 requests of the 10", "access.log is written", "disk is full"):
+        assert word in ended.reason, ended.reason
+    followed = rollout.run("follow")
+    assert followed.status == 1 and followed.json["ended"] and "unjudged" in followed.message
+    assert followed.message.endswith("green is live")
+    last = rollout.audit()[-1]
+    assert (last["command"], last["outcome"], last["cause"], last["live_after"]) == ("bake", "unjudged", None, "green")
+    metrics = (rollout.root / "appliance.prom").read_text()
+    assert 'appliance_rollout_phase{phase="unjudged"} 1.0' in metrics
+    assert 'appliance_rollbacks_total{reason="by hand"} 0.0' in metrics and 'reason="no data"' not in metrics
+    # It bars neither the way back nor the way to it again.
+    for colour in ("blue", "green"):
+        answer = rollout.run("rollback")
+        assert answer.status == 0 and rollout.state.live == colour, answer.message
+
+
+def test_a_bake_without_data_whose_colour_isnt_well_goes_back(rollout):
+    rollout.configure(synthetic_per_second=0, judge_patience_seconds=0.3, ready_timeout_seconds=60)
+    assert rollout.run("swap").status == 0
+    boot(rollout)
+    rollout.host.stop("green")
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.state.live == "blue"
+    assert rollout.audit()[-1]["cause"] == "no data"
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_few_requests_say_something_after_a_while(rollout, strategy):
+    """The window holds too few of them at any time, and nobody but clients sends any."""
+    rollout.configure(
+        synthetic_per_second=0,
+        judge_window_seconds=0.2,
+        judge_patience_seconds=30,
+        canary_step_seconds=2,
+        bake_seconds=2,
+    )
+    over = threading.Event()
+
+    def client():
+        for number in range(10000):
+            asked = urllib.request.Request(
+                f"{rollout.door.url}/predict", b'{"data": [1, 2]}', {"X-Request-ID": f"client-{number}"}
+            )
+            urllib.request.urlopen(asked, timeout=10).close()
+            if over.wait(0.06):
+                return
+
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: rollout.door.access_log.read_bytes().count(b"\n") > 20)
+        more = ["--strategy", "canary", "--detach", "--steps", "50,100"] if strategy == "canary" else []
+        assert rollout.run("swap", *more).status == 0
+        carry_out(rollout)
+    finally:
+        over.set()
+        thread.join(20)
+    assert present(rollout).phase == plan.DONE, present(rollout)
+
+
 def test_a_paused_canary_stays_and_is_judged(rollout):
     canary(rollout)
     assert rollout.run("pause").json["changed"] and not rollout.run("pause").json["changed"]
