@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from rollout.errors import ApplianceError, Refused
 from rollout.report import progress
 from rollout.text import tidy
-from rollout.unixhttp import Answer, Connection, ExchangeError, exchange
+from rollout.unixhttp import Answer, Connection, Disconnected, ExchangeError, exchange
 
 _RETRIES = 3
 _RETRY_SECONDS = 0.3
@@ -18,6 +18,10 @@ _RETRY_SECONDS = 0.3
 
 class WrongAnswer(ApplianceError):
     """The front door answered otherwise than it should."""
+
+
+class FrontDoorGone(WrongAnswer):
+    """The front door itself is gone, which says nothing about a colour: for one that is dead or hangs it answers."""
 
 
 class Verification(NamedTuple):
@@ -166,7 +170,8 @@ class FrontDoor:
             try:
                 answer = self._ask(connection, body, f"{self._mark()}{mark}")
             except ExchangeError as error:
-                raise WrongAnswer(f"{self.url}/predict, {what}: no answer: {tidy(error)}") from None
+                kind = FrontDoorGone if isinstance(error, Disconnected) else WrongAnswer
+                raise kind(f"{self.url}/predict, {what}: no answer: {tidy(error)}") from None
             got = answer.headers.get("x-model-colour")
             # A healthy colour sheds load with a 503: that alone must not undo a switch.
             if not left or (answer.status, got) != (503, colour):

@@ -24,7 +24,7 @@ from rollout.errors import (
     UsageError,
     describe_os_error,
 )
-from rollout.frontdoor import FrontDoor, Verification
+from rollout.frontdoor import FrontDoor, FrontDoorGone, Verification
 from rollout.interrupts import Interrupts
 from rollout.lock import exclusive
 from rollout.releases import (
@@ -687,7 +687,8 @@ class Engine:
                 raise Failed(f"no switch: {reason}; production is as it was") from fault
             return
         progress(f"failed: {reason}; switching back")
-        cause = "interrupted" if isinstance(fault, Interrupted) else "verification"
+        causes = {Interrupted: "interrupted", FrontDoorGone: "front door"}
+        cause = causes.get(type(fault), "verification")
         details: dict[str, Any] = {"live": state.live if state else None, "cause": cause}
         try:
             if state is None:

@@ -1,8 +1,13 @@
-"""`rollout.json`: the rollout under way, and how the last one ended. It changes under the lock only."""
+"""`rollout.json`: the rollout under way, and how the last one ended. It changes under the lock only.
+
+Where a full disk doesn't take the end of one, the file's name tells it: `rollout.json.<phase>` or, with a cause,
+`rollout.json.<phase>.<cause>`. The next plan removes such a file.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +17,9 @@ from rollout.routing import State
 CANARY, BAKE = "canary", "bake"
 UNDER_WAY = (CANARY, BAKE)
 DONE, ROLLED_BACK, ABORTED, SUPERSEDED = "done", "rolled_back", "aborted", "superseded"
+# Live and well, but nothing could be said about what it answers.
+UNJUDGED = "unjudged"
+OVER = (DONE, UNJUDGED, ROLLED_BACK, ABORTED, SUPERSEDED)
 
 
 class Plan(NamedTuple):
@@ -57,7 +65,7 @@ class Plan(NamedTuple):
         """How traffic was taken from the new colour by this rollout, or by an earlier one since which it got none."""
         if self.went_back:
             return self.describe()
-        return None if self.phase in (DONE, SUPERSEDED) else self.earlier
+        return None if self.phase in (DONE, UNJUDGED, SUPERSEDED) else self.earlier
 
     def unswitched(self, state: State) -> bool:
         """Whether the switch to the new colour is on record and hasn't happened: whoever was about to make it died."""
@@ -72,7 +80,7 @@ class Plan(NamedTuple):
         """The share of users that the new colour has."""
         if self.phase == CANARY:
             return self.steps[self.step]
-        return 100 if self.phase in (BAKE, DONE) else 0
+        return 100 if self.phase in (BAKE, DONE, UNJUDGED) else 0
 
     def percent_by(self, state: State | None) -> int:
         """The share of users that the new colour really has, where it is under way and `state` is the routing's."""
@@ -99,11 +107,29 @@ class Plan(NamedTuple):
 def read(path: Path) -> Plan | None:
     """The plan, or None where there never was one or the file can't be used: then nothing is under way."""
     try:
-        raw = json.loads(path.read_bytes())
-        known = {key: raw[key] for key in Plan._fields if key in raw}
-        return Plan(**{**known, "steps": tuple(raw.get("steps", ()))})
+        return _parse(path)
+    except FileNotFoundError:
+        closed = _closed(path)
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    try:
+        name = closed[0].name.removeprefix(f"{path.name}.")
+        phase, _, cause = name.partition(".")
+        reason = f"{cause or 'no cause'}; its end couldn't be written"
+        return _parse(closed[0])._replace(phase=phase, cause=cause or None, reason=reason, asked=None, paused=False)
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return None
+
+
+def _parse(file: Path) -> Plan:
+    raw = json.loads(file.read_bytes())
+    known = {key: raw[key] for key in Plan._fields if key in raw}
+    return Plan(**{**known, "steps": tuple(raw.get("steps", ()))})
+
+
+def _closed(path: Path) -> list[Path]:
+    """The files whose name tells how a plan ended."""
+    return [file for phase in OVER for file in path.parent.glob(f"{path.name}.{phase}*")]
 
 
 def under_way(path: Path, state: State | None) -> Plan | None:
@@ -116,6 +142,23 @@ def under_way(path: Path, state: State | None) -> Plan | None:
 def write(path: Path, plan: Plan) -> None:
     """Replace the plan durably. Raises OSError."""
     files.replace(path, json.dumps(plan._asdict(), indent=1).encode() + b"\n")
+    for closed in _closed(path):
+        files.remove(closed)
+
+
+def close(path: Path, ended: Plan) -> None:
+    """Have the file's name tell how a plan ended, which takes no space on the disk. Raises OSError.
+
+    Nothing happens where another plan is on record, or this one is over already.
+    """
+    present = read(path)
+    if present is None or present.number != ended.number or not present.under_way:
+        return
+    # One of an earlier plan may be left where the power failed as this one was written.
+    for closed in _closed(path):
+        files.remove(closed)
+    os.rename(path, path.with_name(".".join(filter(None, (path.name, ended.phase, ended.cause)))))
+    files.fsync_directory(path.parent)
 
 
 def with_checks(path: Path, report: Path) -> dict[str, Any] | None:

@@ -44,13 +44,19 @@ class Rollouts:
         return changed
 
     def end(self, ended: Plan, phase: str, reason: str | None = None) -> Plan:
-        """Record how a rollout ended."""
-        return self._write(ended._replace(phase=phase, reason=reason, ended=now(), asked=None, paused=False))
+        """Record how a rollout ended. Raises OSError where that can't be written; it is over all the same."""
+        over = ended._replace(phase=phase, reason=reason, ended=now(), asked=None, paused=False)
+        try:
+            return self._write(over)
+        except OSError:
+            # Where a full disk leaves the routing state of before, the old plan would fit it: it would go on.
+            plan.close(self.config.rollout_file, over)
+            raise
 
     def _end_after(self, result: Result, ended: Plan, phase: str, reason: str | None = None) -> Result:
         """Record how a rollout ended after its switch, which is `result`: what has happened isn't failed by its record.
 
-        Without the record the plan is none of the present routing state, or its watch ends it.
+        What is on record then is no more than that it is over, and why.
         """
         try:
             self.end(ended, phase, reason)
@@ -91,7 +97,8 @@ class Rollouts:
             self._start_watch()
             written = fresh._replace(state=self._next_state())
             try:
-                self.set_split(self._write(written), state, steps[0], "canary")
+                self._write(written)
+                self.set_split(state, steps[0], "canary")
             except BaseException as fault:
                 self._fall_back(fresh, state.number, str(fault))
                 raise
@@ -152,21 +159,21 @@ class Rollouts:
 
     # Going on
 
-    def set_split(self, present: Plan, state: State, percent: int, command: str) -> State:
-        """Give the idle colour `percent` of the users, which `present` has on record already."""
+    def set_split(self, state: State, percent: int, command: str) -> State:
+        """Give the idle colour `percent` of the users, which the plan has on record already. Raises OSError."""
         wanted = state._replace(
             split=percent, since=now(), who=self.engine.who, reason=self.engine.reason, command=command
         )
-        try:
-            return self.routing.switch(wanted)[0]
-        except OSError:
-            self._write(present._replace(before=state.number, state=state.number))
-            raise
+        return self.routing.switch(wanted)[0]
 
     def go_live(self, command: str, present: Plan, state: State) -> Result:
         """Make the plan's target live. The plan is on record before, so that a crash in between leaves it watched."""
         # Whoever began the plan has seen to the load test: it mustn't come between a canary's step and the next.
-        release, examples = self.engine.check(present.target, ("ready",))
+        try:
+            release, examples = self.engine.check(present.target, ("ready",))
+        except Refused as fault:
+            fault.details["unfit"] = present.target
+            raise
         watched = present._replace(phase=plan.BAKE, before=state.number, state=self._next_state(), asked=None)
         self._start_watch()
         try:
@@ -190,7 +197,8 @@ class Rollouts:
         """Go back to the plan from before a switch that failed; `number` is the present routing state's."""
         fallen = present._replace(before=number, state=number)
         try:
-            if present.state == present.before and not present.step:
+            # A canary that has had users goes on.
+            if present.state == present.first:
                 self.end(fallen, plan.ABORTED, reason)
             else:
                 self._write(fallen)
@@ -212,17 +220,41 @@ class Rollouts:
             )
         if present.paused:
             return Result(present.describe(state), outcome="nothing")
-        step = len(present.steps) - 1 if present.asked == "promote" else present.step + 1
+        # A full disk may have kept a step on record that was never made: then it is made now.
+        made = state.split == present.percent
+        step = len(present.steps) - 1 if present.asked == "promote" else present.step + made
         percent = present.steps[step]
         if percent == 100:
             return self.go_live("promote", present, state)
         moved = present._replace(step=step, before=state.number, state=self._next_state())
-        self.set_split(self._write(moved), state, percent, "canary")
+        try:
+            self._write(moved)
+            self.set_split(state, percent, "canary")
+        except OSError as fault:
+            back = self.routing.known()
+            if back is None or back.number == state.number:
+                self._fall_back(present, state.number, str(fault))
+            raise
         return Result(
             moved.describe(),
             changed=True,
             details={"live": state.live, "release": present.target_release, "state": moved.state},
         )
+
+    def leave(self, number: int, reason: str) -> Result:
+        """End the bake of rollout `number`, about which nothing can be said: its colour serves all, and stays live."""
+        present, state = self._needed()
+        if present.number != number or state.live != present.target:
+            raise Refused(f"rollout {number} isn't under way any more")
+        result = Result(
+            f"unjudged: {present.target} (release {present.target_release}) stays live, {reason}",
+            ok=False,
+            changed=True,
+            outcome=plan.UNJUDGED,
+            exit_status=1,
+            details={"live": present.target, "release": present.target_release, "state": state.number},
+        )
+        return self._end_after(result, present, plan.UNJUDGED, reason)
 
     def order(self, what: str) -> Result:
         """Pause, resume or promote the rollout under way; `appliance watch` carries it out."""
@@ -263,16 +295,7 @@ class Rollouts:
         stays = state.live == present.source
         if not stays:
             self._check_way_back(present, reason)
-        wanted = state._replace(
-            live=present.source,
-            split=0,
-            since=now(),
-            who=self.engine.who,
-            reason=reason,
-            command="rollback",
-            previous=state.previous if stays else present.target,
-            previous_release=state.previous_release if stays else present.target_release,
-        )
+        wanted = self._way_back(present, state, reason)
         # What to ask then is read before the switch, so that it doesn't count as its time.
         body, wrong = b"", None
         try:
@@ -286,9 +309,9 @@ class Rollouts:
                 written, moment = self.routing.switch(wanted)
                 number = written.number
             except OSError:
-                # A full disk: the state from before it all is still there and complete.
-                moment = self.routing.point_to(present.first)
-                number = present.first
+                # A full disk: a state that leads back is there and complete.
+                number = self.routing.way_back(wanted) or present.first
+                moment = self.routing.point_to(number)
         ended = present._replace(before=number, state=number, cause=cause if goes_back else None)
         phase = phase if goes_back else plan.ABORTED
         try:
@@ -315,6 +338,20 @@ class Rollouts:
             },
         )
 
+    def _way_back(self, present: Plan, state: State, reason: str | None) -> State:
+        """The routing state that sends all traffic back from `state`."""
+        stays = state.live == present.source
+        return state._replace(
+            live=present.source,
+            split=0,
+            since=now(),
+            who=self.engine.who,
+            reason=reason,
+            command="rollback",
+            previous=state.previous if stays else present.target,
+            previous_release=state.previous_release if stays else present.target_release,
+        )
+
     def _check_way_back(self, present: Plan, reason: str) -> None:
         """Raise Failed where the old colour is worse off than the new one, and end the plan."""
         problem = None
@@ -326,7 +363,10 @@ class Rollouts:
             if source not in HEALTHY and self._status(present.target) in HEALTHY:
                 problem = f"{present.source} is {source}"
         if problem:
-            self.end(present, plan.ABORTED, f"{reason}; no way back: {problem}")
+            try:
+                self.end(present, plan.ABORTED, f"{reason}; no way back: {problem}")
+            except OSError as error:
+                progress(f"the rollout's end isn't recorded: {describe_os_error(error).message}")
             raise Failed(
                 f"{present.target} stays live although {reason}: {problem}; look at both with 'appliance status'"
             )
@@ -444,9 +484,12 @@ class Rollouts:
         if command != "maintenance" and any(changes.values()):
             self.engine.check(self.config.other(state.live), ("ready",))
         wanted = state._replace(**changes, since=now(), who=self.engine.who, reason=self.engine.reason, command=command)
+        back = None
         if found:
-            self._write(found[0]._replace(before=state.number, state=self._next_state()))
-        written, _ = self.routing.switch(wanted)
+            # Made now, since a full disk may not take it when traffic must go back.
+            back = self._way_back(found[0], wanted, wanted.reason)
+            self._write(found[0]._replace(before=state.number, state=self._next_state() + 1))
+        written, _ = self.routing.switch(wanted, back)
         return Result(said[command], changed=True, details={"live": state.live, "state": written.number})
 
 

@@ -148,14 +148,21 @@ class Routing:
             f"for the colour that should be live"
         )
 
-    def switch(self, state: State) -> tuple[State, float]:
-        """Make `state` (its number is set here) the present one.
+    def switch(self, state: State, way_back: State | None = None) -> tuple[State, float]:
+        """Make `state` (its number is set here) the present one, with a `way_back` complete beside it.
 
         Returns the state as written and the monotonic time in seconds of the rename. Raises OSError; then the
         present state is the old one, except where only the last fsync failed.
         """
         files.ensure_directory(self.states)
         self.clean()
+        if way_back is not None:
+            self._write(way_back)
+        state = self._write(state)
+        return state, self.point_to(state.number)
+
+    def _write(self, state: State) -> State:
+        """Make a state complete and durable; returns it with its number. Raises OSError."""
         for percent in {state.split, state.shadow} - {0}:
             self._ensure_share(str(percent), percent, range(percent))
         shortcuts = self._shortcuts(state)
@@ -181,7 +188,22 @@ class Routing:
             files.remove_tree(temporary)
             raise
         files.fsync_directory(self.states)
-        return state, self.point_to(state.number)
+        return state
+
+    def way_back(self, wanted: State) -> int | None:
+        """The newest state that serves nobody but `wanted.live`, with its release and `wanted.maintenance`, or None."""
+        present = self.read()
+        if present is None:
+            return None
+        for number in sorted((n for n in self._numbers() if n <= present.number), reverse=True):
+            try:
+                raw = json.loads((self.states / str(number) / "state.json").read_bytes())
+                mine = (raw["live"], raw["releases"][raw["live"]], raw["split"], raw["maintenance"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if mine == (wanted.live, wanted.releases.get(wanted.live), 0, wanted.maintenance):
+                return number
+        return None
 
     def has_been_live(self, release: int) -> bool:
         """Whether a release has ever been live, as far as the states that are kept tell."""

@@ -17,7 +17,7 @@ from rollout.errors import Failed
 from rollout.releases import Releases
 from rollout.routing import Routing, State
 
-_PHASES = (*plan.UNDER_WAY, plan.DONE, plan.ROLLED_BACK, plan.ABORTED, plan.SUPERSEDED)
+_PHASES = (*plan.UNDER_WAY, *plan.OVER)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _WAIT_SECONDS = 1.0
 _POLL_SECONDS = 0.01

@@ -24,6 +24,10 @@ class ExchangeError(Exception):
     """No usable answer; the text says why."""
 
 
+class Disconnected(ExchangeError):
+    """Nobody is at the other end, or it went away before the answer was whole."""
+
+
 class Answer(NamedTuple):
     """An HTTP answer. Header names are in lower case."""
 
@@ -114,7 +118,7 @@ def exchange(
     except TimeoutError:
         raise ExchangeError(f"no whole answer within {timeout:g} s") from None
     except OSError as error:
-        raise ExchangeError(error.strerror or str(error) or type(error).__name__) from None
+        raise Disconnected(error.strerror or str(error) or type(error).__name__) from None
     finally:
         # What is left of an answer must not be taken for the next one.
         if not whole:

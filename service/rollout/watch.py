@@ -172,22 +172,52 @@ class Watch:
                 if trial.elapsed < trial.wanted_seconds + self.config.judge_patience_seconds:
                     return None
                 unknown = "; ".join(f"{c.name}: {c.text}" for c in checks if c.verdict == NO_DATA)
-                return self._back(present, f"nothing could be said: {unknown}", "no data", checks)
+                reason = f"nothing could be said: {unknown}"
+                healthy = any((check.name, check.verdict) == ("health", PASS) for check in checks)
+                if present.phase == plan.BAKE and healthy:
+                    return self._leave(present, reason, checks)
+                return self._back(present, reason, "no data", checks)
+        if time.monotonic() < trial.again_at:
+            return None
         engine = self._engine(present.who)
         command = "promote" if present.asked else "canary" if present.phase == plan.CANARY else "bake"
         result = engine.run(command, lambda: Rollouts(engine).advance(present.number))
         progress(result.message)
         if result.exit_status == LockHeld.exit_status:
             return None
-        if not result.ok and present.phase == plan.BAKE:
-            # It has passed, and that a full disk doesn't take the record condemns nobody. It is judged until one can.
-            self._stopped.wait(_AGAIN_SECONDS)
-            return None
         if not result.ok:
-            return self._back(present, result.message, "health", checks)
+            return self._failed(trial, present, result, checks)
+        trial.failing_since = None
         self._record(engine, present, checks)
         latest = plan.read(self.config.rollout_file)
         return latest.describe() if latest and not latest.under_way else None
+
+    def _failed(self, trial: Trial, present: Plan, result: Result, checks: list[Check]) -> str | None:
+        """What becomes of a rollout that can't go on: back where that is the new colour's fault, or lasts for long."""
+        cause = result.details.get("cause")
+        if "unfit" in result.details or cause == "verification":
+            return self._back(present, result.message, cause or "health", checks)
+        # A full disk, the front door or Docker: that condemns nobody, and it is judged all the while.
+        trial.again_at = time.monotonic() + _AGAIN_SECONDS
+        if present.phase == plan.BAKE:
+            # It has passed, and only its record is missing.
+            return None
+        if trial.failing_since is None:
+            trial.failing_since = time.monotonic()
+        found = Rollouts(self._engine()).under_way()
+        lost = found is not None and found[0].unswitched(found[1])
+        if lost or time.monotonic() >= trial.failing_since + self.config.judge_patience_seconds:
+            return self._back(present, f"it couldn't go on: {result.message}", cause or "host", checks)
+        return None
+
+    def _leave(self, present: Plan, reason: str, checks: list[Check]) -> str:
+        """End a bake without a verdict: no data is no fail, and everybody has the new colour already."""
+        engine = self._engine(present.who)
+        hint = f"look whether {self.config.access_log} is written and whether the disk is full"
+        result = engine.run("bake", lambda: Rollouts(engine).leave(present.number, f"{reason}; {hint}"))
+        progress(result.message)
+        self._record(engine, present, checks)
+        return result.message
 
     def _back(self, present: Plan, reason: str, cause: str, checks: list[Check] | None = None) -> str:
         engine = self._engine(reason=reason)
@@ -234,6 +264,7 @@ class Trial:
         self.config = config
         self._engine = Engine(config, "watch")
         self._present = begun
+        self._stage = (begun.phase, begun.percent_by(self._engine.routing.known()))
         # Our own requests count for as long as a step may last: to a slow model there are few.
         longest = max(config.canary_step_seconds, config.bake_seconds) + config.judge_patience_seconds
         own = (begun.mark, requestmark.of(config.runtime_dir))
@@ -241,6 +272,8 @@ class Trial:
         self._source, self._target = self._engine.colour(begun.source), self._engine.colour(begun.target)
         # In a bake no client uses the old colour: what they got from it just before is the measure.
         self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
+        if len(self._before.seconds) < config.judge_min_requests:
+            self._before = accesslog.before(config.access_log, begun.source, longest, *own)
         self._restarts: int | None = None
         self._compared: deque[tuple[float, dict[str, float]]] = deque()
         self._count_shadow()
@@ -248,6 +281,9 @@ class Trial:
         # It was ready when the rollout began, so that only a boot since then gives it the time to become so again.
         self._starting = begun.boot is None or begun.boot != host.boot()
         self.failures = 0
+        # Since when it can't go on, although nothing is wrong with the new colour, and when to try again.
+        self.failing_since: float | None = None
+        self.again_at = 0.0
         self._synthetic = Synthetic(config, self._engine, begun)
 
     def close(self) -> None:
@@ -257,13 +293,15 @@ class Trial:
 
     def follow(self, present: Plan) -> None:
         """Begin afresh where the plan has gone a step on."""
-        if (present.phase, present.step) != (self._present.phase, self._present.step):
+        # By what users have, since a full disk may keep back the step that is on record.
+        stage = (present.phase, present.percent_by(self._engine.routing.known()))
+        if stage != self._stage:
             # Rather from before the canary, where the old colour had all clients, as the new one has now.
             if present.phase == plan.BAKE and len(self._before.seconds) < self.config.judge_min_requests:
                 self._before = self._log.clients(present.source, self._since)
             self._since = time.monotonic()
-            self.failures = 0
-        self._present = present
+            self.failures, self.failing_since = 0, None
+        self._present, self._stage = present, stage
 
     @property
     def elapsed(self) -> float:
@@ -285,11 +323,9 @@ class Trial:
             self._calm = time.monotonic()
             self._compared.clear()
             return [health, self._errors_at_start()]
-        since = max(self._since, self._calm, time.monotonic() - self.config.judge_window_seconds)
-        baking = self._present.phase == plan.BAKE
-        new = self._log.clients(self._target.name, since)
-        old = self._before if baking else self._log.clients(self._source.name, since)
         since_own = max(self._since, self._calm)
+        baking = self._present.phase == plan.BAKE
+        new, old = self._clients(since_own, baking)
         own_new, own_old = (self._log.own(colour.name, since_own) for colour in (self._target, self._source))
         least = self.config.judge_min_requests
         patience = judge.given_up_after(old if len(old.seconds) >= least else own_old, self.config)
@@ -315,6 +351,19 @@ class Trial:
         checks += times
         shadow = self._shadow()
         return checks + ([shadow] if shadow else [])
+
+    def _clients(self, earliest: float, baking: bool) -> tuple[Window, Window]:
+        """What clients got from both colours, within the window, or a longer one where that says too little."""
+        at, seconds = time.monotonic(), self.config.judge_window_seconds
+        while True:
+            since = max(earliest, at - seconds)
+            new = self._log.clients(self._target.name, since)
+            old = self._before if baking else self._log.clients(self._source.name, since)
+            few = min(len(window.seconds) for window in ((new,) if baking else (new, old)))
+            # Old good answers mustn't hide errors of now, nor a fault that the colour has had for long.
+            if since == earliest or new.errors >= _ENOUGH_ERRORS or few >= self.config.judge_min_requests:
+                return new, old
+            seconds *= 2
 
     def _errors_at_start(self) -> Check:
         """What clients get from a new colour that still starts while the old one is well."""

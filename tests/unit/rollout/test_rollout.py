@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from rollout import config, files, host, operations, plan, watch
 from rollout.errors import Failed
+from rollout.frontdoor import FrontDoor
 from rollout.operations import Engine
 from rollout.rollouts import Rollouts
 from rollout.routing import Routing
+from rollout.unixhttp import Disconnected
 from rollout.watch import Watch
 from rollout_stand_ins import wait_for
 
@@ -235,6 +237,72 @@ def test_without_data_it_waits_and_then_goes_back(rollout):
     assert time.monotonic() - started > 0.6
     assert present(rollout).phase == plan.ROLLED_BACK and "nothing could be said" in present(rollout).reason
     assert rollout.audit()[-1]["cause"] == "no data"
+
+
+def test_a_bake_without_data_stays_live_unjudged(rollout):
+    rollout.configure(synthetic_per_second=0, judge_patience_seconds=0.5)
+    assert rollout.run("swap").status == 0
+    carry_out(rollout)
+    ended = present(rollout)
+    assert (ended.phase, ended.cause, ended.percent, rollout.state.live) == (plan.UNJUDGED, None, 100, "green")
+    for word in ("errors: 0 requests of the 10", "access.log is written", "disk is full"):
+        assert word in ended.reason, ended.reason
+    followed = rollout.run("follow")
+    assert followed.status == 1 and followed.json["ended"] and "unjudged" in followed.message
+    assert followed.message.endswith("green is live")
+    last = rollout.audit()[-1]
+    assert (last["command"], last["outcome"], last["cause"], last["live_after"]) == ("bake", "unjudged", None, "green")
+    metrics = (rollout.root / "appliance.prom").read_text()
+    assert 'appliance_rollout_phase{phase="unjudged"} 1.0' in metrics
+    assert 'appliance_rollbacks_total{reason="by hand"} 0.0' in metrics and 'reason="no data"' not in metrics
+    # It bars neither the way back nor the way to it again.
+    for colour in ("blue", "green"):
+        answer = rollout.run("rollback")
+        assert answer.status == 0 and rollout.state.live == colour, answer.message
+
+
+def test_a_bake_without_data_whose_colour_isnt_well_goes_back(rollout):
+    rollout.configure(synthetic_per_second=0, judge_patience_seconds=0.3, ready_timeout_seconds=60)
+    assert rollout.run("swap").status == 0
+    boot(rollout)
+    rollout.host.stop("green")
+    carry_out(rollout)
+    assert present(rollout).phase == plan.ROLLED_BACK and rollout.state.live == "blue"
+    assert rollout.audit()[-1]["cause"] == "no data"
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_few_requests_say_something_after_a_while(rollout, strategy):
+    """The window holds too few of them at any time, and nobody but clients sends any."""
+    rollout.configure(
+        synthetic_per_second=0,
+        judge_window_seconds=0.2,
+        judge_patience_seconds=30,
+        canary_step_seconds=2,
+        bake_seconds=2,
+    )
+    over = threading.Event()
+
+    def client():
+        for number in range(10000):
+            asked = urllib.request.Request(
+                f"{rollout.door.url}/predict", b'{"data": [1, 2]}', {"X-Request-ID": f"client-{number}"}
+            )
+            urllib.request.urlopen(asked, timeout=10).close()
+            if over.wait(0.06):
+                return
+
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: rollout.door.access_log.read_bytes().count(b"\n") > 20)
+        more = ["--strategy", "canary", "--detach", "--steps", "50,100"] if strategy == "canary" else []
+        assert rollout.run("swap", *more).status == 0
+        carry_out(rollout)
+    finally:
+        over.set()
+        thread.join(20)
+    assert present(rollout).phase == plan.DONE, present(rollout)
 
 
 def test_a_paused_canary_stays_and_is_judged(rollout):
@@ -655,14 +723,131 @@ def test_a_rollback_in_a_bake_that_isnt_recorded_has_happened(rollout, full):
     assert Rollouts(rollout.engine()).under_way() is None
 
 
-def test_a_canary_without_a_bake_that_isnt_recorded_is_live(rollout, full, monkeypatch):
-    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.02)
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+@pytest.mark.parametrize("what", ["the plan", "any file"])
+def test_on_a_full_disk_what_went_back_stays_back(rollout, monkeypatch, strategy, what):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    faulty(rollout, "some-500").run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else []))
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Routing, "switch", full_disk)
+        patch.setattr(*((plan, "write") if what == "the plan" else (files, "replace")), full_disk)
+        carry_out(rollout)
+        assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    # There is space again, and the colour does well, so that nothing but what is on record keeps it back.
+    rollout.host.running["green"].faults.clear()
+    rollout.configure(bake_seconds=0.3, canary_step_seconds=0.2)
+    for command in (["watch"], ["watch", "--settle"]):
+        assert rollout.run(*command).message == "no rollout is under way"
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+    ended = present(rollout)
+    assert (ended.phase, ended.cause, ended.went_back) == (plan.ROLLED_BACK, "errors", True)
+    followed = rollout.run("follow")
+    assert followed.status == 1 and "errors" in followed.message and "back on blue" in followed.message
+    # Whatever made it live once: the way back leads to no release that went back.
+    routing = rollout.engine().routing
+    routing.switch(rollout.state._replace(previous="green", previous_release=3))
+    answer = rollout.run("rollback")
+    assert answer.status == 1 and "can't roll back to green" in answer.message and "errors" in answer.message
+    # The next rollout has a number of its own, and leaves nothing of this one.
+    assert canary(rollout).status == 0 and present(rollout).number == ended.number + 1
+    assert present(rollout).earlier == ended.describe()
+    assert [path.name for path in rollout.state_dir.glob("rollout.json*")] == ["rollout.json"]
+
+
+@pytest.mark.parametrize("strategy", ["canary", "at-once"])
+def test_on_a_full_disk_the_way_back_keeps_maintenance_and_shadow(rollout, monkeypatch, strategy):
+    rollout.configure(bake_seconds=20, canary_step_seconds=20)
+    rollout.run("swap", "--strategy", strategy, *(["--detach"] if strategy == "canary" else []))
+    for change in (["maintenance", "on"], ["shadow", "20"], ["maintenance", "off"], ["maintenance", "on"]):
+        assert rollout.run(*change).status == 0
+    assert Rollouts(rollout.engine()).under_way() is not None
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Routing, "switch", full_disk)
+    assert rollout.run("abort").status == 0
+    state = rollout.state
+    assert (state.live, state.split, state.shadow, state.maintenance) == ("blue", 0, 20, True)
+
+
+def test_on_a_full_disk_no_share_by_hand_comes_back(rollout, monkeypatch):
+    rollout.configure(canary_step_seconds=20)
+    rollout.run("split", "25")
+    assert canary(rollout).status == 0
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Routing, "switch", full_disk)
+    assert rollout.run("abort").status == 0
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+@pytest.mark.parametrize("writes", [1, 2], ids=["the step", "the step and its undoing"])
+def test_a_step_that_a_full_disk_kept_back_is_made_later(rollout, monkeypatch, writes):
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout)
+    number, real, done = present(rollout).number, plan.write, []
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the routing")
+
+    def few(*arguments):
+        done.append(1)
+        real(*arguments) if len(done) < writes else full_disk()
+
+    def advance():
+        engine = rollout.engine()
+        return engine.run("canary", lambda: Rollouts(engine).advance(number))
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            done.clear()
+            patch.setattr(Routing, "switch", full_disk)
+            if writes == 2:
+                patch.setattr(plan, "write", few)
+            failed = advance()
+        assert not failed.ok and failed.message.startswith("the routing: "), failed.message
+        assert Rollouts(rollout.engine()).under_way() is not None and rollout.state.split == 1
+        assert present(rollout).step == (0 if writes == 1 else 1)
+        assert "1 % of users" in rollout.run("follow", "--seconds", "0").message
+    assert advance().ok
+    assert (rollout.state.split, present(rollout).step) == (5, 1)
+
+
+def test_on_a_full_disk_a_plan_that_cant_be_written_ends_no_other(rollout, full):
+    rollout.configure(bake_seconds=20)
+    faulty(rollout, "some-500").run("swap")
+    carry_out(rollout)
+    ended = present(rollout)
+    rollout.host.running["green"].faults.clear()
+    full.update((plan.CANARY, plan.BAKE, plan.ABORTED))
+    for command in (["swap"], ["swap", "--strategy", "canary"]):
+        answer = rollout.run(*command)
+        assert answer.status == 1 and "disk is full" in answer.message
+    assert present(rollout) == ended and rollout.state.live == "blue"
+
+
+def test_a_canary_without_a_bake_whose_end_isnt_recorded_is_live_and_over(rollout, full):
     rollout.configure(bake_seconds=0)
     full.add(plan.DONE)
     answer = canary(rollout, "--steps", "100")
     assert (answer.status, answer.json["changed"], rollout.state.live) == (0, True, "green"), answer.message
     assert "isn't recorded" in answer.message
-    # Nor does the watch take it for a failure of the release.
+    assert present(rollout).phase == plan.DONE and rollout.run("follow").status == 0
+
+
+def test_a_bake_whose_end_cant_be_kept_at_all_stays_live(rollout, full, monkeypatch):
+    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.02)
+    assert rollout.run("swap").status == 0
+    full.add(plan.DONE)
+    monkeypatch.setattr(plan, "close", lambda *_: None)
+    # The watch doesn't take it for a failure of the release.
     before = len(rollout.audit())
     thread = in_background(rollout)
     wait_for(lambda: len(rollout.audit()) > before)
@@ -732,6 +917,56 @@ def test_a_promotion_that_fails_goes_back_altogether(rollout):
     thread.join(10)
     assert present(rollout).phase == plan.ROLLED_BACK
     assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def disk(box, patch):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the routing")
+
+    patch.setattr(Routing, "switch", fails)
+
+
+def docker(box, patch):
+    box.host.docker_fault = (500, {"message": "hangs"})
+    patch.callback = lambda: setattr(box.host, "docker_fault", None)
+
+
+def nginx(box, patch):
+    """It dies at the moment of the switch."""
+    ask = FrontDoor._ask
+
+    def gone(self, connection, body, request_id, *more, **options):
+        if "fresh" in request_id:
+            raise Disconnected("Connection refused")
+        return ask(self, connection, body, request_id, *more, **options)
+
+    patch.setattr(FrontDoor, "_ask", gone)
+
+
+@pytest.mark.parametrize("fault", [disk, docker, nginx])
+@pytest.mark.parametrize("lasts", [False, True], ids=["for a while", "for good"])
+def test_a_promotion_that_fails_by_no_fault_of_the_release_is_tried_again(rollout, monkeypatch, fault, lasts):
+    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.1)
+    rollout.configure(judge_patience_seconds=1.0 if lasts else 60)
+    assert canary(rollout, "--steps", "50,100").status == 0
+    with monkeypatch.context() as patch:
+        fault(rollout, patch)
+        rollout.run("promote")
+        before = len(rollout.audit())
+        thread = in_background(rollout)
+        if lasts:
+            wait_for(lambda: not present(rollout).under_way, 30)
+        else:
+            wait_for(lambda: len(rollout.audit()) > before + 2)
+            assert present(rollout).phase == plan.CANARY and (rollout.state.live, rollout.state.split) == ("blue", 50)
+        getattr(patch, "callback", lambda: None)()
+    thread.join(30)
+    if lasts:
+        assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+        assert present(rollout).phase == plan.ROLLED_BACK and "it couldn't go on" in present(rollout).reason
+        assert present(rollout).cause == ("front door" if fault is nginx else "host")
+    else:
+        assert present(rollout).phase == plan.DONE and rollout.state.live == "green", present(rollout)
 
 
 def test_a_watch_that_cant_start_leaves_everything_as_it_was(rollout):

@@ -108,7 +108,7 @@ def test_the_last_rollout(box, out):
     checks = [{"name": "errors", "verdict": "pass"}, {"name": 'a"b\\c\nd', "verdict": "no data", "value": None}]
     samples = write(box, out, {"phase": "canary", "checks": checks})
     phases = {key[1]: value for key, value in samples.items() if key[0] == "appliance_rollout_phase"}
-    assert phases == {"canary": 1, "bake": 0, "done": 0, "rolled_back": 0, "aborted": 0, "superseded": 0}
+    assert phases == {"canary": 1, "bake": 0, "done": 0, "unjudged": 0, "rolled_back": 0, "aborted": 0, "superseded": 0}
     assert samples["appliance_verdict", "errors", "pass"] == 1
     assert samples["appliance_verdict", 'a"b\\c\nd', "no data"] == 1
 
