@@ -46,7 +46,7 @@ def _judge(archive: Path, about: tarfile.TarInfo) -> None:
     elif ".." in about.name.split("/"):
         fault = "has '..' in its name"
     elif about.issym() or about.islnk():
-        fault = "is a link"
+        fault = "is a link (tar --dereference --hard-dereference packs what it leads to)"
     elif not (about.isreg() or about.isdir()):
         fault = "is neither a file nor a directory"
     else:
@@ -59,7 +59,8 @@ def _write(archive: Path, opened: tarfile.TarFile, about: tarfile.TarInfo, direc
     target = directory / about.name
     try:
         (target if about.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
-        file = None if about.isdir() else target.open("wb")
+        # Without a buffer: what a full disk doesn't take is told by the write itself.
+        file = None if about.isdir() else target.open("wb", buffering=0)
     except (OSError, ValueError) as error:
         raise _unwritable(archive, about, directory, error) from None
     if file is None:
@@ -67,7 +68,8 @@ def _write(archive: Path, opened: tarfile.TarFile, about: tarfile.TarInfo, direc
     with file, opened.extractfile(about) as source:
         while piece := source.read(_PIECE_BYTES):
             try:
-                file.write(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
             except OSError as error:
                 raise _unwritable(archive, about, directory, error) from None
 

@@ -21,7 +21,10 @@ class WrongAnswer(ApplianceError):
 
 
 class FrontDoorGone(WrongAnswer):
-    """The front door itself is gone, which says nothing about a colour: for one that is dead or hangs it answers."""
+    """The front door itself is gone, which says nothing about a colour: for one that is dead or hangs it answers.
+
+    Not where an answer breaks off: that may be the colour's end.
+    """
 
 
 class Verification(NamedTuple):

@@ -115,7 +115,7 @@ def read(path: Path) -> Plan | None:
     try:
         name = closed[0].name.removeprefix(f"{path.name}.")
         phase, _, cause = name.partition(".")
-        reason = f"{cause or 'no cause'}; its end couldn't be written"
+        reason = f"{cause}; its end couldn't be written" if cause else "its end couldn't be written"
         return _parse(closed[0])._replace(phase=phase, cause=cause or None, reason=reason, asked=None, paused=False)
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None

@@ -14,10 +14,12 @@ says at one look which colour is live and which one serves.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,35 +194,50 @@ class Routing:
 
     def way_back(self, wanted: State) -> int | None:
         """The newest state that serves nobody but `wanted.live`, with its release and `wanted.maintenance`, or None."""
-        present = self.read()
-        if present is None:
+        mine = (wanted.live, wanted.releases.get(wanted.live), 0, wanted.maintenance)
+        for state in self._until_now():
+            if mine == (state.live, state.releases[state.live], state.split, state.maintenance):
+                return state.number
+        return None
+
+    def live_since(self, colour: str) -> float | None:
+        """When a colour last became live with the release that it then had, in seconds since 1970, or None.
+
+        As far as the states that are kept tell, which for one that has been live for long is later than it was.
+        """
+        first = None
+        for state in self._until_now():
+            if state.live == colour and (first is None or first.releases[colour] == state.releases[colour]):
+                first = state
+            elif first is not None:
+                break
+        try:
+            return first and datetime.datetime.fromisoformat(first.since).timestamp()
+        except ValueError:
             return None
-        for number in sorted((n for n in self._numbers() if n <= present.number), reverse=True):
+
+    def _until_now(self) -> Iterator[State]:
+        """The states until the present one that can be read, the newest first. Raises RoutingBroken."""
+        present = self.read()
+        # What comes after the present one was never pointed to: a crash left it, or it is a way back.
+        numbers = [n for n in self._numbers() if n <= present.number] if present else []
+        for number in sorted(numbers, reverse=True):
             try:
                 raw = json.loads((self.states / str(number) / "state.json").read_bytes())
-                mine = (raw["live"], raw["releases"][raw["live"]], raw["split"], raw["maintenance"])
+                state = State(**{key: raw[key] for key in State._fields if key in raw})
+                state.releases[state.live]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            if mine == (wanted.live, wanted.releases.get(wanted.live), 0, wanted.maintenance):
-                return number
-        return None
+            yield state
 
     def has_been_live(self, release: int) -> bool:
         """Whether a release has ever been live, as far as the states that are kept tell."""
         present = self.read()
         if present is None:
             return False
-        if present.previous_release == release:
-            return True
-        # What comes after the present one was never pointed to: a crash left it.
-        for number in (n for n in self._numbers() if n <= present.number):
-            try:
-                raw = json.loads((self.states / str(number) / "state.json").read_bytes())
-                if raw["releases"][raw["live"]] == release:
-                    return True
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        return False
+        return present.previous_release == release or any(
+            state.releases[state.live] == release for state in self._until_now()
+        )
 
     def next_number(self) -> int:
         """The number that the next state gets."""

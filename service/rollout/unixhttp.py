@@ -25,7 +25,7 @@ class ExchangeError(Exception):
 
 
 class Disconnected(ExchangeError):
-    """Nobody is at the other end, or it went away before the answer was whole."""
+    """Nobody is at the other end, or it went away before the answer began."""
 
 
 class Answer(NamedTuple):
@@ -232,7 +232,7 @@ class _Reader:
         _limit(length)
         while len(self._read) < length:
             if not self._more():
-                raise ConnectionError("the connection was closed within the answer")
+                raise ExchangeError("the connection was closed within the answer")
         found = bytes(self._read[:length])
         del self._read[:length]
         return found

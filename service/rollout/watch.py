@@ -210,12 +210,14 @@ class Watch:
             return self._back(present, f"it couldn't go on: {result.message}", cause or "host", checks)
         return None
 
-    def _leave(self, present: Plan, reason: str, checks: list[Check]) -> str:
+    def _leave(self, present: Plan, reason: str, checks: list[Check]) -> str | None:
         """End a bake without a verdict: no data is no fail, and everybody has the new colour already."""
         engine = self._engine(present.who)
         hint = f"look whether {self.config.access_log} is written and whether the disk is full"
         result = engine.run("bake", lambda: Rollouts(engine).leave(present.number, f"{reason}; {hint}"))
         progress(result.message)
+        if result.exit_status == LockHeld.exit_status:
+            return None
         self._record(engine, present, checks)
         return result.message
 
@@ -273,7 +275,9 @@ class Trial:
         # In a bake no client uses the old colour: what they got from it just before is the measure.
         self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
         if len(self._before.seconds) < config.judge_min_requests:
-            self._before = accesslog.before(config.access_log, begun.source, longest, *own)
+            # What an earlier release of that colour did excuses nothing.
+            served = time.time() - (self._engine.routing.live_since(begun.source) or 0.0)
+            self._before = accesslog.before(config.access_log, begun.source, min(longest, served), *own)
         self._restarts: int | None = None
         self._compared: deque[tuple[float, dict[str, float]]] = deque()
         self._count_shadow()

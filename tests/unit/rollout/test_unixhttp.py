@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from rollout.unixhttp import MAX_ANSWER_BYTES, Connection, ExchangeError, UnixConnection, exchange
+from rollout.unixhttp import MAX_ANSWER_BYTES, Connection, Disconnected, ExchangeError, UnixConnection, exchange
 from rollout_stand_ins import serve
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -94,6 +94,21 @@ def test_what_is_no_answer(line, answer, words):
     assert words in str(fault.value)
     # What is left of it can't become the next answer.
     assert line.sock is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "gone"),
+    [
+        (b"", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhi", False),
+        (CHUNKED + b"5\r\nhi", False),
+    ],
+)
+def test_whoever_breaks_off_an_answer_was_there(line, answer, gone):
+    with pytest.raises(ExchangeError) as fault:
+        ask(line, answer)
+    assert isinstance(fault.value, Disconnected) == gone
 
 
 def test_an_endless_answer_is_cut_off(line):
