@@ -116,13 +116,16 @@ class AccessLog:
         return _sum(second.own.get(colour) for second in self._seconds if second.at >= since)
 
 
-def before(path: Path, colour: str, seconds: float, *own: str) -> Window:
+def before(path: Path, colour: str, seconds: float, *own: str, not_before: str | None = None) -> Window:
     """What clients got from `colour` within the last `seconds`, from what the log holds already.
 
-    The ids of the engine's own requests begin with one of `own`.
+    Nothing counts from before `not_before`, a time in ISO 8601. The ids of the engine's own requests begin with one
+    of `own`.
     """
     window = Window()
     earliest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+    if not_before is not None:
+        earliest = max(earliest, _moment(not_before))
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _MOST_BYTES_BACK))

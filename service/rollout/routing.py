@@ -14,7 +14,6 @@ says at one look which colour is live and which one serves.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -200,8 +199,8 @@ class Routing:
                 return state.number
         return None
 
-    def live_since(self, colour: str) -> float | None:
-        """When a colour last became live with the release that it then had, in seconds since 1970, or None.
+    def live_since(self, colour: str) -> str | None:
+        """When a colour last became live with the release that it then had, as the state has it, or None.
 
         As far as the states that are kept tell, which for one that has been live for long is later than it was.
         """
@@ -211,10 +210,7 @@ class Routing:
                 first = state
             elif first is not None:
                 break
-        try:
-            return first and datetime.datetime.fromisoformat(first.since).timestamp()
-        except ValueError:
-            return None
+        return first.since if first else None
 
     def _until_now(self) -> Iterator[State]:
         """The states until the present one that can be read, the newest first. Raises RoutingBroken."""

@@ -276,8 +276,8 @@ class Trial:
         self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
         if len(self._before.seconds) < config.judge_min_requests:
             # What an earlier release of that colour did excuses nothing.
-            served = time.time() - (self._engine.routing.live_since(begun.source) or 0.0)
-            self._before = accesslog.before(config.access_log, begun.source, min(longest, served), *own)
+            served = self._engine.routing.live_since(begun.source)
+            self._before = accesslog.before(config.access_log, begun.source, longest, *own, not_before=served)
         self._restarts: int | None = None
         self._compared: deque[tuple[float, dict[str, float]]] = deque()
         self._count_shadow()

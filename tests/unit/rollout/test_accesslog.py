@@ -15,8 +15,12 @@ def path(tmp_path):
     return tmp_path / "log"
 
 
+def moment(ago):
+    return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec="seconds")
+
+
 def line(routed="green", status=200, request_id="r1", method="POST", upstream="0.020", seconds=1.5, ago=0):
-    time = (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec="seconds")
+    time = moment(ago)
     about = {"time": time, "method": method, "status": status, "request_id": request_id, "routed": routed}
     return json.dumps(about | {"upstream_seconds": upstream, "request_seconds": seconds}) + "\n"
 
@@ -145,6 +149,8 @@ def test_before_looks_back_by_the_logs_own_time(path):
     write(path, line(ago=300), line(ago=1), line("blue", ago=1), line(status=500, ago=1))
     window = accesslog.before(path, "green", 60)
     assert (window.requests, window.errors, window.seconds) == (2, 1, [0.02])
+    assert accesslog.before(path, "green", 600).requests == 3
+    assert accesslog.before(path, "green", 600, not_before=moment(ago=100)).requests == 2
     write(path, line(request_id="appliance-word-fresh-1"), line(request_id="appliance-old-3"))
     assert accesslog.before(path, "green", 60, "appliance-old-", "appliance-word-").requests == 2
     assert accesslog.before(path.with_suffix(".none"), "green", 60).requests == 0
