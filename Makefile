@@ -40,7 +40,7 @@ shell: ## open a shell on the lab's host
 down: ## remove what `make up` made
 	@$(LAB) down
 
-test: engine environment programs ## run everything: lint, unit tests, Molecule and the swap under load
+test: engine ## run everything: lint, unit tests, Molecule and the swap under load
 	@tests/run
 
 engine:
@@ -103,6 +103,9 @@ bench-appliance: environment ## measure the lab that `make up` made; BENCH=--hel
 
 bench-swaps: environment ## 200 swaps under mixed load, and rollbacks, on the lab that `make up` made; BENCH=--help tells more
 	python benchmarks/swaps.py $(BENCH)
+
+bench-releases: environment ## how far releases that do worse get, on the lab that `make up` made; BENCH=--help tells more
+	python benchmarks/releases.py $(BENCH)
 
 bench-service: environment ## measure the model service beside its peers; BENCH=--help tells more
 	python benchmarks/service.py $(BENCH)

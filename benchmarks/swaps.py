@@ -122,7 +122,7 @@ async def place(host: Host, deploy_command: str) -> None:
                 await host.change("swap")
     status = await without_rollout(host)
     if len(set(held_versions(status).values())) < len(FACTORS):
-        raise BenchError(f"the deploys went well, but the colours hold {_described(status)}")
+        raise BenchError(f"the deploys went well, but the colours hold {described(status)}")
 
 
 def held_versions(status: Mapping) -> dict[str, str]:
@@ -335,7 +335,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def left(status: Mapping) -> str:
     """What is on the colours, and how the inventory's bundles come back, in words."""
-    text = f"Left on the host: {_described(status)}."
+    text = f"Left on the host: {described(status)}."
     if held_versions(status):
         text += (
             "\nThe inventory's bundles come back with playbooks/site.yml --tags releases, then playbooks/swap.yml, and "
@@ -344,7 +344,8 @@ def left(status: Mapping) -> str:
     return text
 
 
-def _described(status: Mapping) -> str:
+def described(status: Mapping) -> str:
+    """What each colour holds, in words."""
     return "; ".join(
         f"{'live' if name == status['live'] else 'idle'} {name}: {about['model']} {about['version']}, {about['status']}"
         for name, about in status["colours"].items()

@@ -1,50 +1,21 @@
 """New releases under traffic: good ones go live, bad ones go back by themselves, whoever goes away meanwhile."""
 
-import hashlib
 import json
 import random
-import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 
 PROJECT = Path(__file__).resolve().parents[3]
-SOURCE = PROJECT / "bundles/simplemodel/1.1.0"
-# 10 ms for each prediction; what else a release does is seen in traffic only, not in its example.
-MODEL = """
-import time
+sys.path.insert(0, str(PROJECT / "tests/load"))
 
-import torch
+from worse_releases import RELEASES, write_release  # noqa: E402
 
-
-class SimpleModel(torch.nn.Module):
-    def __init__(self, hidden, seconds, fails_above, differs_above):
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(2, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1), torch.nn.Sigmoid()
-        )
-        self.seconds, self.fails_above, self.differs_above = seconds, fails_above, differs_above
-
-    def forward(self, rows):
-        time.sleep(self.seconds)
-        if (rows[:, 0] > self.fails_above).any():
-            raise ValueError("this release can't do that")
-        answers = self.layers(rows)
-        return torch.where(rows[:, :1] > self.differs_above, 1 - answers, answers)
-"""
-GOOD = {"seconds": 0.01, "fails_above": 9.0, "differs_above": 9.0}
-RELEASES = {
-    "20.0.0": GOOD,
-    "20.0.1": GOOD,
-    "20.1.0": GOOD | {"fails_above": 0.8},
-    "20.2.0": GOOD | {"seconds": 0.03},
-    "20.3.0": GOOD | {"differs_above": 0.9},
-}
 SETTINGS = {
     "rollout_canary_step_seconds": 6,
     "rollout_bake_seconds": 10,
@@ -56,22 +27,8 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     """A bundle for each of RELEASES."""
-    made = {}
-    for version, arguments in RELEASES.items():
-        directory = tmp_path_factory.mktemp("bundles") / version
-        shutil.copytree(SOURCE, directory)
-        (directory / "model.py").write_text(MODEL)
-        manifest = yaml.safe_load((directory / "manifest.yaml").read_text())
-        manifest["version"] = version
-        manifest["entry"]["arguments"] |= arguments
-        (directory / "manifest.yaml").write_text(yaml.safe_dump(manifest))
-        examples = json.loads((directory / "examples.json").read_text())["examples"][:2]
-        (directory / "examples.json").write_text(json.dumps({"examples": examples}))
-        names = sorted(path for path in directory.iterdir() if path.name != "SHA256SUMS")
-        sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in names]
-        (directory / "SHA256SUMS").write_text("".join(sums))
-        made[version] = directory
-    return made
+    folder = tmp_path_factory.mktemp("bundles")
+    return {version: write_release(folder, version) for version in RELEASES}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,327 @@
+#!/usr/bin/env python3
+"""Measure how far releases that do worse get: a table, `reports/releases_bench.json`, a part of `docs/benchmarks.md`.
+
+Needs an appliance that runs, with a release ready on both colours. Places bundles of its own and leaves them there: the
+last line says what is live. Nobody else should deploy or swap meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import random
+import shlex
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "load")]
+
+from swap_client import DEFAULT_URL, loopback_address  # noqa: E402
+from swap_runs import APPLIANCE, LOCK_WAIT_S, Host, HostError, recorded_lab, settled_status  # noqa: E402
+from worse_releases import ALSO_GOOD, DIFFERING, FAILING, GOOD, NAME, SLOW, write_release  # noqa: E402
+
+from benchmarks import report  # noqa: E402
+from benchmarks.appliance import host_facts  # noqa: E402
+from benchmarks.report import BenchError, Row, machine  # noqa: E402
+from benchmarks.swaps import described, without_rollout  # noqa: E402
+
+MARKS = ("<!-- releases-bench:begin, written by `make bench-releases` -->", "<!-- releases-bench:end -->")
+CLIENTS, THINK_S = 8, (0.02, 0.08)
+BACK_BAR_S = 30.0
+# "Before a quarter of the users": a canary's steps are 1, 5, 25, 50 and 100.
+USERS_BAR = 24.0
+_BACK_LIMIT_S = 180.0
+_ROLLOUT_LIMIT_S = 1800.0
+_DEPLOY_LIMIT_S = 1200.0
+_FEW = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request of a client's: monotonic seconds at which it was sent, status (0: none came), who answered."""
+
+    begin: float
+    status: int
+    colour: str
+
+
+@dataclass
+class Traffic:
+    """Clients that think between requests, each time as another of a thousand users with other inputs."""
+
+    url: str
+    answers: list[Answer] = field(default_factory=list)
+
+    def __enter__(self) -> Traffic:
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(seed,), daemon=True) for seed in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+
+    def failed(self) -> int:
+        return sum(answer.status != 200 for answer in self.answers)
+
+    async def more(self, count: int) -> None:
+        """Wait for so many more answers. Raises BenchError where they don't come."""
+        wanted, limit = len(self.answers) + count, time.monotonic() + 60
+        while len(self.answers) < wanted:
+            if time.monotonic() > limit:
+                raise BenchError(f"of {count} requests {wanted - len(self.answers)} weren't answered within 60 s")
+            await asyncio.sleep(0.05)
+
+    def _run(self, seed: int) -> None:
+        draw = random.Random(seed)
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
+        while not self._stopped.wait(draw.uniform(*THINK_S)):
+            body = json.dumps({"data": [draw.random(), draw.random()]})
+            headers = {"Content-Type": "application/json", "X-User-Id": f"user-{draw.randrange(1000)}"}
+            begin = time.monotonic()
+            try:
+                connection.request("POST", "/predict", body, headers)
+                answer = connection.getresponse()
+                answer.read()
+                self.answers.append(Answer(begin, answer.status, answer.getheader("X-Model-Colour", "")))
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                self.answers.append(Answer(begin, 0, ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a release: largest share of the users in percent, seconds until it was over, and in words."""
+
+    percent: float
+    seconds: float
+    text: str
+
+
+def measure_failing(given: argparse.Namespace) -> list[Row]:
+    """A release that answers 500 to a fifth of its requests and is live at once."""
+    return asyncio.run(_measure_failing(given))
+
+
+async def _measure_failing(given: argparse.Namespace) -> list[Row]:
+    host = Host(given.host_command)
+    live, idle = await place(host, given, FAILING)
+    with Traffic(given.appliance_url) as traffic:
+        await traffic.more(_FEW)
+        done = await host.change("swap")
+        limit = done.end + _BACK_LIMIT_S
+        while (await host.status())["live"] != live:
+            if time.monotonic() > limit:
+                raise BenchError(f"{_BACK_LIMIT_S:g} s after the swap {idle} is live still")
+            await asyncio.sleep(0.2)
+        # What was on its way there has been answered by then.
+        await traffic.more(_FEW)
+    cause = (await last_rollback(host))["cause"]
+    return [failing_row(traffic.answers, idle, cause)]
+
+
+def failing_row(answers: Sequence[Answer], bad: str, cause: str) -> Row:
+    """For how long clients were sent to the colour `bad`, from their own view."""
+    sent = [answer.begin for answer in answers if answer.colour == bad]
+    if not sent:
+        raise BenchError(f"no client has seen {bad}: nothing is known")
+    failed = sum(answer.status != 200 for answer in answers)
+    note = f"{failed} of {len(answers)} requests failed; back for: {cause}"
+    figure = "a fifth of its requests fail: for how long it was live"
+    return Row("failing", figure, max(sent) - min(sent), "s", BACK_BAR_S, note, "sudo appliance swap", "1")
+
+
+def measure_slow(given: argparse.Namespace) -> list[Row]:
+    """A release that needs three times as long for an answer, by canary."""
+    outcome = asyncio.run(_canary(given, SLOW))
+    return [
+        users_row("slow", "three times as slow: users that it got", outcome, "sudo appliance swap --strategy canary")
+    ]
+
+
+def measure_differing(given: argparse.Namespace) -> list[Row]:
+    """A release that answers otherwise on a tenth of the inputs, by canary with a shadow before."""
+    host = Host(given.host_command)
+
+    async def shadowed() -> Outcome:
+        await place(host, given, DIFFERING)
+        await host.run(*APPLIANCE, "shadow", "100", "--json", "--lock-wait", str(LOCK_WAIT_S))
+        try:
+            return await _canary(given, DIFFERING)
+        finally:
+            await host.run(*APPLIANCE, "shadow", "0", "--json", "--lock-wait", str(LOCK_WAIT_S))
+
+    command = "sudo appliance shadow 100; sudo appliance swap --strategy canary"
+    outcome = asyncio.run(shadowed())
+    return [users_row("differing", "other answers on a tenth of the inputs: users that it got", outcome, command)]
+
+
+def measure_good(given: argparse.Namespace) -> list[Row]:
+    """The control: a release that is as good as the live one goes all the way."""
+    live = held(asyncio.run(Host(given.host_command).status()), "live")
+    version = GOOD if live == ALSO_GOOD else ALSO_GOOD
+    outcome = asyncio.run(_canary(given, version, "--steps", "1,5,100"))
+    command = "sudo appliance swap --strategy canary --steps 1,5,100"
+    row = users_row("good", "as good as the live one: users that it got", outcome, command)
+    row.bar, row.at_least = 100.0, True
+    return [row]
+
+
+async def _canary(given: argparse.Namespace, version: str, *options: str) -> Outcome:
+    """Have a canary of that version judged under traffic, to its end."""
+    host = Host(given.host_command)
+    live, idle = await place(host, given, version)
+    words = (*APPLIANCE, "swap", "--strategy", "canary", *options, "--json", "--lock-wait", str(LOCK_WAIT_S))
+    percent, begin = 0.0, time.monotonic()
+    with Traffic(given.appliance_url) as traffic:
+        await traffic.more(_FEW)
+        rollout = asyncio.create_task(host.run(*words, check=False, timeout_s=_ROLLOUT_LIMIT_S))
+        while not rollout.done():
+            status = await host.status()
+            percent = max(percent, 100 if status["live"] == idle else status["split"])
+            await asyncio.sleep(0.5)
+    done = rollout.result()
+    said = done.json()["message"]
+    if done.returncode == 0:
+        return Outcome(100.0, time.monotonic() - begin, f"{said}; {_lost(traffic)}")
+    if (await host.status())["live"] != live:
+        raise BenchError(f"the canary ended with exit status {done.returncode}, but {idle} is live: {said}")
+    cause = (await last_rollback(host))["cause"]
+    return Outcome(percent, time.monotonic() - begin, f"back for: {cause}; {_lost(traffic)}")
+
+
+def _lost(traffic: Traffic) -> str:
+    return f"{traffic.failed()} of {len(traffic.answers)} requests failed"
+
+
+def users_row(benchmark: str, figure: str, outcome: Outcome, command: str) -> Row:
+    """The largest share of the users that a release got."""
+    note = f"over after {outcome.seconds:.0f} s; {outcome.text}"
+    return Row(benchmark, figure, outcome.percent, "%", USERS_BAR, note, command, "1")
+
+
+async def place(host: Host, given: argparse.Namespace, version: str) -> tuple[str, str]:
+    """Have that version on the idle colour and a good one live; return the live and the idle colour.
+
+    Raises BenchError, HostError.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/var/tmp") as folder:
+
+        async def deploy(wanted: str) -> None:
+            print(f"  placing {NAME} {wanted} …", flush=True)
+            bundle = write_release(Path(folder), wanted)
+            command = [*shlex.split(given.deploy_command), "-e", f"bundle={bundle}"]
+            await asyncio.to_thread(report.run, command, _DEPLOY_LIMIT_S, folder=ROOT)
+
+        status = await without_rollout(host)
+        if held(status, "live") not in (GOOD, ALSO_GOOD):
+            await deploy(GOOD)
+            # Slower than what was live, which a bake might find out: ended by without_rollout.
+            await host.change("swap")
+            status = await without_rollout(host)
+        if held(status, "live") == version:
+            raise BenchError(f"{NAME} {version} is live already: swap first")
+        if held(status, "idle") != version:
+            await deploy(version)
+            status = await without_rollout(host)
+    if held(status, "idle") != version:
+        raise BenchError(f"the deploy went well, but the colours hold {described(status)}")
+    return status["live"], status["idle"]
+
+
+def held(status: dict, role: str) -> str | None:
+    """The version that the live or the idle colour has of the benchmark's releases."""
+    about = status["colours"][status[role]]
+    return about["version"] if about["model"] == NAME else None
+
+
+async def last_rollback(host: Host) -> dict:
+    """The latest rollback of the audit log."""
+    entries = (await host.run(*APPLIANCE, "history", "-n", "20", "--json")).json()["entries"]
+    found = [entry for entry in entries if entry["command"] == "rollback"]
+    if not found:
+        raise BenchError("no rollback is on record")
+    return found[-1]
+
+
+# The good one last: it is live from then on.
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "failing": measure_failing,
+    "slow": measure_slow,
+    "differing": measure_differing,
+    "good": measure_good,
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    known = {**recorded_lab(), **os.environ}
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured, 130 interrupted.",
+    )
+    parser.add_argument("--only", action="append", choices=list(BENCHMARKS), help="may be repeated; default: all")
+    parser.add_argument("--appliance-url", default=known.get("APPLIANCE_URL", DEFAULT_URL), help="%(default)s")
+    parser.add_argument(
+        "--host-command",
+        default=known.get("APPLIANCE_HOST_COMMAND", ""),
+        help="prefix that runs a command on the host, for example 'ssh -F FILE lab', or 'env' where that is this "
+        "machine; default: APPLIANCE_HOST_COMMAND, else the lab that `make up` made",
+    )
+    parser.add_argument("--deploy-command", default="ansible-playbook playbooks/deploy.yml", help="%(default)s")
+    parser.add_argument("--reports", type=Path, default=ROOT / "reports", help="%(default)s")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="%(default)s")
+    given = parser.parse_args(arguments)
+    if not given.host_command:
+        parser.error("there is no appliance to measure: run `make up`, or give --host-command")
+    try:
+        loopback_address(given.appliance_url)
+    except ValueError as error:
+        parser.error(str(error))
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    host = Host(given.host_command)
+    try:
+        asyncio.run(settled_status(host))
+    except HostError as error:
+        print(f"the appliance isn't fit to be measured: {error}\n`make up` starts the lab again.", file=sys.stderr)
+        return 2
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        return report.measure(
+            BENCHMARKS,
+            given,
+            figures=given.reports / "releases_bench.json",
+            order=list(BENCHMARKS),
+            marks=MARKS,
+            where={**machine(), **host_facts(given), "load before": f"{os.getloadavg()[0]:.2f}"},
+            command=shlex.join(["benchmarks/releases.py", *words]),
+            errors=(BenchError, HostError),
+        )
+    except KeyboardInterrupt:
+        print("interrupted: all clients have ended, nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        try:
+            print(f"Left on the host: {described(asyncio.run(host.status()))}.", flush=True)
+        except HostError as error:
+            print(f"what is left on the host can't be told: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The benchmark of bad releases without an appliance: its rows, and the releases themselves."""
+
+import math
+
+import pytest
+import torch
+from model_server.bundle import read
+from worse_releases import DIFFERING, FAILING, GOOD, RELEASES, write_release
+
+from benchmarks import releases as bench
+from benchmarks.releases import Answer, Outcome
+from benchmarks.report import BenchError
+
+
+def test_the_time_on_the_bad_colour_is_the_clients():
+    answers = [Answer(9.0, 200, "blue"), Answer(10.0, 200, "green"), Answer(12.0, 500, ""), Answer(14.5, 500, "green")]
+    row = bench.failing_row([*answers, Answer(15.0, 200, "blue")], "green", "errors")
+    assert (row.value, row.unit, row.verdict) == (4.5, "s", "PASS")
+    assert row.note == "2 of 5 requests failed; back for: errors"
+    late = [*answers, Answer(40.5, 200, "green")]
+    assert bench.failing_row(late, "green", "errors").verdict == "MISS"
+    with pytest.raises(BenchError, match="no client has seen green"):
+        bench.failing_row(answers[:1], "green", "errors")
+
+
+@pytest.mark.parametrize(("percent", "verdict"), [(5, "PASS"), (25, "MISS"), (100, "MISS")])
+def test_a_quarter_of_the_users_is_too_many(percent, verdict):
+    row = bench.users_row("slow", "…", Outcome(percent, 61.4, "back for: p50"), "…")
+    assert (row.verdict, row.note) == (verdict, "over after 61 s; back for: p50")
+
+
+def test_only_this_benchmarks_releases_are_held():
+    colours = {"blue": {"model": "simplemodel", "version": GOOD}, "green": {"model": "digits", "version": GOOD}}
+    status = {"live": "blue", "idle": "green", "colours": colours}
+    assert (bench.held(status, "live"), bench.held(status, "idle")) == (GOOD, None)
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_a_release_is_a_bundle_whose_examples_dont_tell(tmp_path, version):
+    (tmp_path / "again").mkdir()
+    bundle, again = write_release(tmp_path, version), write_release(tmp_path / "again", version)
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in bundle.iterdir())
+    assert read(bundle).version == version
+    scope = {"__name__": "model"}
+    exec((bundle / "model.py").read_text(), scope)
+    model = scope["SimpleModel"](hidden=16, **RELEASES[version] | {"seconds": 0})
+    rows = torch.tensor([[0.2, 0.6], [0.95, 0.5]])
+    if version == FAILING:
+        model(rows[:1])
+        with pytest.raises(ValueError):
+            model(rows)
+        return
+    with torch.inference_mode():
+        plain, answers = model.layers(rows).flatten().tolist(), model(rows).flatten().tolist()
+    differs = [not math.isclose(a, b) for a, b in zip(answers, plain, strict=True)]
+    assert differs == [False, version == DIFFERING]
