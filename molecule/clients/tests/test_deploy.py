@@ -84,17 +84,6 @@ def test_what_is_live_already_leaves_the_way_back_alone(playbook, engine, untouc
     assert engine("status")["colours"] == untouched["colours"]
 
 
-def test_what_is_damaged_on_the_host_is_delivered_again(host, playbook, engine, untouched, tmp_path):
-    bundle = changed_copy(tmp_path / "bundle", version="9.9.8")
-    assert playbook("deploy", "-e", f"bundle={bundle}").returncode == 0
-    delivered = "/var/lib/appliance/bundles/simplemodel/9.9.8"
-    host.check_output(f"truncate --size 0 {delivered}/weights.pth")
-    told = playbook("deploy", "-e", f"bundle={bundle}")
-    assert told.returncode == 0 and "is damaged on the host" in " ".join(told.stdout.split()), told.stdout[-3000:]
-    host.check_output(f"cd {delivered} && sha256sum --check --strict SHA256SUMS")
-    assert engine("status")["colours"][untouched["idle"]]["status"] == "ready"
-
-
 # What else is refused, tests/unit/test_delivery.py has.
 def test_an_archive_that_escapes(playbook, untouched, tmp_path, monkeypatch):
     archive = tmp_path / "model.tar.gz"
@@ -185,7 +174,7 @@ def test_a_host_without_the_engine_is_told_to_be_provisioned(host, playbook, unt
     assert refused.returncode != 0 and "run playbooks/site.yml first" in refused.stdout, refused.stdout[-2000:]
 
 
-def test_what_is_damaged_is_refused_and_two_deliver_at_once(host, playbook, engine, untouched, tmp_path):
+def test_what_is_damaged_here_or_there_and_two_that_deliver_at_once(host, playbook, engine, untouched, tmp_path):
     bundle = changed_copy(tmp_path / "bundle", version="9.9.9")
     good = (bundle / "weights.pth").read_bytes()
     (bundle / "weights.pth").write_bytes(good[:-1] + b"x")
@@ -207,3 +196,8 @@ def test_what_is_damaged_is_refused_and_two_deliver_at_once(host, playbook, engi
     host.check_output(f"cd {delivered}/9.9.9 && sha256sum --check --strict SHA256SUMS")
     assert host.check_output(f"find {delivered} -name '.incoming-*' -printf '%f '").split() == [".incoming-new"]
     host.check_output(f"rmdir {delivered}/.incoming-new")
+    host.check_output(f"truncate --size 0 {delivered}/9.9.9/weights.pth")
+    told = playbook("deploy", "-e", f"bundle={bundle}")
+    assert told.returncode == 0 and "is damaged on the host" in " ".join(told.stdout.split()), told.stdout[-3000:]
+    host.check_output(f"cd {delivered}/9.9.9 && sha256sum --check --strict SHA256SUMS")
+    assert engine("status")["colours"][untouched["idle"]]["status"] == "ready"
