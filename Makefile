@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help up status deploy swap canary rollback shell down test engine environment programs lint unit molecule molecule-trixie molecule-bookworm \
-  load dashboards pictures bench bench-appliance bench-swaps bench-service serve bundle lock
+  load dashboards pictures bench bench-appliance bench-swaps bench-releases bench-service serve bundle lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

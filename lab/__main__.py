@@ -214,6 +214,11 @@ def _parser() -> argparse.ArgumentParser:
     named("shell", "open a shell on the lab machine").add_argument("remote", nargs="*", help="or run this there")
     named("restart", "reboot the lab machine")
     named("down", "remove the lab machine")
+    sub = command("image", "build the image of a lab machine, unless it is there")
+    sub.add_argument("suite", choices=image.SUITES)
+    sub.add_argument(
+        "--mirror", default=os.environ.get("LAB_DEBIAN_MIRROR") or defaults.mirror, help="[LAB_DEBIAN_MIRROR]"
+    )
     command("environment", "install the pinned Python environment").add_argument("kind", choices=controller.LOCKS)
     command("engine", "make sure that a Docker engine answers")
     command("programs", "unpack the programs that the unit tests run and this machine lacks")
@@ -230,6 +235,9 @@ def main() -> int:
             case "create":
                 engine.ensure()
                 machine.create(_machine_from(arguments))
+            case "image":
+                engine.ensure()
+                image.ensure(arguments.suite, arguments.mirror)
             case "play":
                 playbook(_running(arguments.name), arguments.playbook, *arguments.arguments)
             case "shell":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -87,10 +88,7 @@ def apt_install(*packages: str) -> None:
         raise LabError(
             f"Please install {' and '.join(packages)} first (as root: apt-get install {' '.join(packages)})."
         )
-    # One at a time: the environment and the machine are made side by side, and both may need a package.
-    with APT_LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _with_package_lists("apt-get", *APT_OPTIONS, "install", "-y", "--no-install-recommends", *packages)
+    _with_package_lists("apt-get", *APT_OPTIONS, "install", "-y", "--no-install-recommends", *packages)
 
 
 def apt_download(directory: Path, *packages: str) -> None:
@@ -102,11 +100,16 @@ def apt_download(directory: Path, *packages: str) -> None:
 
 
 def _with_package_lists(*command: str) -> None:
-    # The package lists may be absent or stale: one refresh, and only when the first try fails.
-    if not succeeds(["env", "DEBIAN_FRONTEND=noninteractive", *command]):
+    with contextlib.ExitStack() as stack:
         if os.geteuid() == 0:
-            run(["apt-get", *APT_OPTIONS, "update"])
-        run(["env", "DEBIAN_FRONTEND=noninteractive", *command])
+            # One at a time: environments, programs and machines are made side by side, and each may need a package.
+            lock = stack.enter_context(APT_LOCK.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # The package lists may be absent or stale: one refresh, and only when the first try fails.
+        if not succeeds(["env", "DEBIAN_FRONTEND=noninteractive", *command]):
+            if os.geteuid() == 0:
+                run(["apt-get", *APT_OPTIONS, "update"])
+            run(["env", "DEBIAN_FRONTEND=noninteractive", *command])
 
 
 def _start_daemon() -> None:

@@ -52,7 +52,7 @@ def test_examples_are_posted_in_turn_on_held_connections(tmp_path):
     counts = Counter(json.dumps(json.loads(body)) for _, _, _, body in server.seen)
     assert set(counts) == {json.dumps(example) for example in examples}
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert 0.9 < report["duration_seconds"] < 4 and report["start"] <= report["end"]
+    assert 0.9 < report["duration_seconds"] < 30 and report["start"] <= report["end"]
 
 
 def test_each_bad_answer_counts_as_what_it_is(tmp_path):
