@@ -44,6 +44,7 @@ _BACK_LIMIT_S = 180.0
 _ROLLOUT_LIMIT_S = 1800.0
 _DEPLOY_LIMIT_S = 1200.0
 _FEW = 100
+_RECORD_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ def measure_failing(given: argparse.Namespace) -> list[Row]:
 async def _measure_failing(given: argparse.Namespace) -> list[Row]:
     host = Host(given.host_command)
     live, idle = await place(host, given, FAILING)
+    before = await rollbacks(host)
     with Traffic(given.appliance_url) as traffic:
         await traffic.more(_FEW)
         done = await host.change("swap")
@@ -129,26 +131,28 @@ async def _measure_failing(given: argparse.Namespace) -> list[Row]:
             await asyncio.sleep(0.2)
         # What was on its way there has been answered by then.
         await traffic.more(_FEW)
-    cause = (await last_rollback(host))["cause"]
-    return [failing_row(traffic.answers, idle, cause)]
+    await cause_since(host, before, ("errors",))
+    return [failing_row(traffic.answers, idle)]
 
 
-def failing_row(answers: Sequence[Answer], bad: str, cause: str) -> Row:
+def failing_row(answers: Sequence[Answer], bad: str) -> Row:
     """For how long clients were sent to the colour `bad`, from their own view."""
     sent = [answer.begin for answer in answers if answer.colour == bad]
     if not sent:
         raise BenchError(f"no client has seen {bad}: nothing is known")
     failed = sum(answer.status != 200 for answer in answers)
-    note = f"{failed} of {len(answers)} requests failed; back for: {cause}"
+    note = f"{failed} of {len(answers)} requests failed; back for: errors"
     figure = "a fifth of its requests fail: for how long it was live"
     return Row("failing", figure, max(sent) - min(sent), "s", BACK_BAR_S, note, "sudo appliance swap", "1")
 
 
 def measure_slow(given: argparse.Namespace) -> list[Row]:
     """A release that needs three times as long for an answer, by canary."""
-    outcome = asyncio.run(_canary(given, SLOW))
+    outcome = asyncio.run(_canary(given, SLOW, ("p50", "p95", "p99")))
     return [
-        users_row("slow", "three times as slow: users that it got", outcome, "sudo appliance swap --strategy canary")
+        users_row(
+            "slow", "three times as slow: users that it was given", outcome, "sudo appliance swap --strategy canary"
+        )
     ]
 
 
@@ -160,47 +164,54 @@ def measure_differing(given: argparse.Namespace) -> list[Row]:
         await place(host, given, DIFFERING)
         await host.run(*APPLIANCE, "shadow", "100", "--json", "--lock-wait", str(LOCK_WAIT_S))
         try:
-            return await _canary(given, DIFFERING)
+            return await _canary(given, DIFFERING, ("shadow",))
         finally:
             await host.run(*APPLIANCE, "shadow", "0", "--json", "--lock-wait", str(LOCK_WAIT_S))
 
     command = "sudo appliance shadow 100; sudo appliance swap --strategy canary"
     outcome = asyncio.run(shadowed())
-    return [users_row("differing", "other answers on a tenth of the inputs: users that it got", outcome, command)]
+    return [users_row("differing", "other answers on a tenth of the inputs: users that it was given", outcome, command)]
 
 
 def measure_good(given: argparse.Namespace) -> list[Row]:
     """The control: a release that is as good as the live one goes all the way."""
     live = held(asyncio.run(Host(given.host_command).status()), "live")
     version = GOOD if live == ALSO_GOOD else ALSO_GOOD
-    outcome = asyncio.run(_canary(given, version, "--steps", "1,5,100"))
+    outcome = asyncio.run(_canary(given, version, (), "--steps", "1,5,100"))
     command = "sudo appliance swap --strategy canary --steps 1,5,100"
-    row = users_row("good", "as good as the live one: users that it got", outcome, command)
+    row = users_row("good", "as good as the live one: users that it was given", outcome, command)
     row.bar, row.at_least = 100.0, True
     return [row]
 
 
-async def _canary(given: argparse.Namespace, version: str, *options: str) -> Outcome:
-    """Have a canary of that version judged under traffic, to its end."""
+async def _canary(given: argparse.Namespace, version: str, causes: Sequence[str], *options: str) -> Outcome:
+    """Have a canary of that version judged under traffic, to its end; where it goes back, for one of `causes`."""
     host = Host(given.host_command)
     live, idle = await place(host, given, version)
+    before = await rollbacks(host)
     words = (*APPLIANCE, "swap", "--strategy", "canary", *options, "--json", "--lock-wait", str(LOCK_WAIT_S))
-    percent, begin = 0.0, time.monotonic()
+    percent = 0.0
     with Traffic(given.appliance_url) as traffic:
         await traffic.more(_FEW)
+        begin = time.monotonic()
         rollout = asyncio.create_task(host.run(*words, check=False, timeout_s=_ROLLOUT_LIMIT_S))
-        while not rollout.done():
-            status = await host.status()
-            percent = max(percent, 100 if status["live"] == idle else status["split"])
-            await asyncio.sleep(0.5)
-    done = rollout.result()
+        try:
+            while not rollout.done():
+                status = await host.status()
+                percent = max(percent, 100 if status["live"] == idle else status["split"])
+                await asyncio.sleep(0.5)
+        except BaseException:
+            # Nobody would be left to see what becomes of it.
+            await host.change("abort", check=False)
+            raise
+    done, seconds = rollout.result(), time.monotonic() - begin
     said = done.json()["message"]
     if done.returncode == 0:
-        return Outcome(100.0, time.monotonic() - begin, f"{said}; {_lost(traffic)}")
+        return Outcome(100.0, seconds, f"{said}; {_lost(traffic)}")
     if (await host.status())["live"] != live:
         raise BenchError(f"the canary ended with exit status {done.returncode}, but {idle} is live: {said}")
-    cause = (await last_rollback(host))["cause"]
-    return Outcome(percent, time.monotonic() - begin, f"back for: {cause}; {_lost(traffic)}")
+    cause = await cause_since(host, before, causes, said)
+    return Outcome(percent, seconds, f"back for: {cause}; {_lost(traffic)}")
 
 
 def _lost(traffic: Traffic) -> str:
@@ -208,7 +219,7 @@ def _lost(traffic: Traffic) -> str:
 
 
 def users_row(benchmark: str, figure: str, outcome: Outcome, command: str) -> Row:
-    """The largest share of the users that a release got."""
+    """The largest share of the users that a release was given."""
     note = f"over after {outcome.seconds:.0f} s; {outcome.text}"
     return Row(benchmark, figure, outcome.percent, "%", USERS_BAR, note, command, "1")
 
@@ -237,7 +248,7 @@ async def place(host: Host, given: argparse.Namespace, version: str) -> tuple[st
         if held(status, "idle") != version:
             await deploy(version)
             status = await without_rollout(host)
-    if held(status, "idle") != version:
+    if held(status, "idle") != version or held(status, "live") not in (GOOD, ALSO_GOOD):
         raise BenchError(f"the deploy went well, but the colours hold {described(status)}")
     return status["live"], status["idle"]
 
@@ -248,13 +259,26 @@ def held(status: dict, role: str) -> str | None:
     return about["version"] if about["model"] == NAME else None
 
 
-async def last_rollback(host: Host) -> dict:
-    """The latest rollback of the audit log."""
-    entries = (await host.run(*APPLIANCE, "history", "-n", "20", "--json")).json()["entries"]
-    found = [entry for entry in entries if entry["command"] == "rollback"]
-    if not found:
-        raise BenchError("no rollback is on record")
-    return found[-1]
+async def rollbacks(host: Host) -> list[dict]:
+    """The latest rollbacks of the audit log, oldest first."""
+    entries = (await host.run(*APPLIANCE, "history", "-n", "50", "--json")).json()["entries"]
+    return [entry for entry in entries if entry["command"] == "rollback"]
+
+
+async def cause_since(host: Host, before: Sequence[dict], causes: Sequence[str], said: str = "") -> str:
+    """Why traffic went back after `before`; its record is written a moment after the switch.
+
+    Raises BenchError where there is no newer record, as of a canary that was refused, or where the cause isn't one of
+    `causes`: a release that went back for something else was not found out.
+    """
+    last, limit = before[-1:], time.monotonic() + _RECORD_LIMIT_S
+    while (found := (await rollbacks(host))[-1:]) == last:
+        if time.monotonic() > limit:
+            raise BenchError(f"no rollback is on record: {said}")
+        await asyncio.sleep(0.2)
+    if found[0]["cause"] not in causes:
+        raise BenchError(f"it went back for {found[0]['cause']!r}: {found[0]['message']}")
+    return found[0]["cause"]
 
 
 # The good one last: it is live from then on.

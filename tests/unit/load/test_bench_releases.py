@@ -1,10 +1,13 @@
 """The benchmark of bad releases without an appliance: its rows, and the releases themselves."""
 
+import asyncio
+import json
 import math
 
 import pytest
 import torch
 from model_server.bundle import read
+from swap_runs import Completed
 from worse_releases import DIFFERING, FAILING, GOOD, RELEASES, write_release
 
 from benchmarks import releases as bench
@@ -14,19 +17,46 @@ from benchmarks.report import BenchError
 
 def test_the_time_on_the_bad_colour_is_the_clients():
     answers = [Answer(9.0, 200, "blue"), Answer(10.0, 200, "green"), Answer(12.0, 500, ""), Answer(14.5, 500, "green")]
-    row = bench.failing_row([*answers, Answer(15.0, 200, "blue")], "green", "errors")
+    row = bench.failing_row([*answers, Answer(15.0, 200, "blue")], "green")
     assert (row.value, row.unit, row.verdict) == (4.5, "s", "PASS")
     assert row.note == "2 of 5 requests failed; back for: errors"
     late = [*answers, Answer(40.5, 200, "green")]
-    assert bench.failing_row(late, "green", "errors").verdict == "MISS"
+    assert bench.failing_row(late, "green").verdict == "MISS"
     with pytest.raises(BenchError, match="no client has seen green"):
-        bench.failing_row(answers[:1], "green", "errors")
+        bench.failing_row(answers[:1], "green")
 
 
 @pytest.mark.parametrize(("percent", "verdict"), [(5, "PASS"), (25, "MISS"), (100, "MISS")])
 def test_a_quarter_of_the_users_is_too_many(percent, verdict):
     row = bench.users_row("slow", "…", Outcome(percent, 61.4, "back for: p50"), "…")
     assert (row.verdict, row.note) == (verdict, "over after 61 s; back for: p50")
+
+
+class Recorded:
+    """A host whose history is the first of the given ones, and at each further look the next, up to the last."""
+
+    def __init__(self, *histories):
+        self.histories = list(histories)
+
+    async def run(self, *words):
+        entries = self.histories.pop(0) if len(self.histories) > 1 else self.histories[0]
+        return Completed(words, 0, json.dumps({"entries": entries}), "", 0.0, 0.0)
+
+
+def rollback(time, cause):
+    return {"command": "rollback", "time": time, "cause": cause, "message": "…"}
+
+
+def test_the_cause_is_that_of_the_new_rollback(monkeypatch):
+    earlier, swap, new = rollback(1, "errors"), {"command": "swap"}, rollback(2, "p50")
+    late = Recorded([earlier], [earlier, swap], [earlier, swap, new])
+    assert asyncio.run(bench.cause_since(late, [earlier], ("p50",))) == "p50"
+    with pytest.raises(BenchError, match="went back for 'p50'"):
+        asyncio.run(bench.cause_since(Recorded([new]), [], ("shadow",)))
+    # A canary that was refused went back for nothing.
+    monkeypatch.setattr(bench, "_RECORD_LIMIT_S", 0.3)
+    with pytest.raises(BenchError, match="no rollback is on record: green isn't ready"):
+        asyncio.run(bench.cause_since(Recorded([earlier]), [earlier], ("errors",), "green isn't ready"))
 
 
 def test_only_this_benchmarks_releases_are_held():
