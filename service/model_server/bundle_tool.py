@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_shared(parser: argparse.ArgumentParser, arguments: Any) -> None:
-    parser.add_argument("--version", help="of the bundle")
+    parser.add_argument("--version", help="of the bundle; by default 1.0.0, or the archive's")
     parser.add_argument("--description", help="one sentence")
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="the model's class, if there are several")
     parser.add_argument(

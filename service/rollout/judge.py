@@ -153,8 +153,14 @@ def latencies(new: Window, old: Window, config: Config, *, comparable: bool = Tr
             continue
         if math.isfinite(limit):
             verdict = FAIL if value > limit else PASS
-            checks.append(Check(name, verdict, f"at least {value:.3g} ms, at most {limit:.3g} ms", value, limit))
+            text = f"at least {_milliseconds(value)}, at most {_milliseconds(limit)}"
+            checks.append(Check(name, verdict, text, value, limit))
     return checks
+
+
+def _milliseconds(value: float) -> str:
+    """Three digits, but never as a power of ten."""
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -1,5 +1,7 @@
 """The verdicts: what fails, what passes, and what says nothing."""
 
+import re
+
 import pytest
 from rollout import judge
 from rollout.config import Config
@@ -56,6 +58,8 @@ def test_times_that_dont_compare_have_their_absolute_limit_only():
     for new, verdicts in ((slow, {"p95": PASS}), (never, {"p95": FAIL}), (window(3), {"p50": NO_DATA})):
         checks = judge.latencies(new, fast, CONFIG, comparable=False)
         assert {check.name: check.verdict for check in checks} == verdicts
+    [check] = judge.latencies(never, fast, CONFIG, comparable=False)
+    assert re.fullmatch(r"at least \d{5} ms, at most 5000 ms", check.text)
 
 
 def test_three_times_slower_fails_at_every_quantile():
