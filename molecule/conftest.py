@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+# A hook: pytest finds it by its name.
+from tests.reruns import pytest_terminal_summary  # noqa: F401
+
 PROJECT = Path(__file__).resolve().parent.parent
 LAB_NAME = os.environ.get("LAB_NAME") or "molecule"
 EXAMPLE = {"data": [0.2, 0.6]}

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# A hook: pytest finds it by its name.
+from tests.reruns import pytest_terminal_summary  # noqa: F401
+
 from lab.programs import PACKAGES, search_path
 
 # Where `make programs` put what this machine lacks.
