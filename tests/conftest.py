@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.programs import PACKAGES, search_path
+
 # A hook: pytest finds it by its name.
 from tests.reruns import pytest_terminal_summary  # noqa: F401
-
-from lab.programs import PACKAGES, search_path
 
 # Where `make programs` put what this machine lacks.
 os.environ["PATH"] = search_path()
