@@ -23,20 +23,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "load")]
 
-from swap_client import DEFAULT_BODY, DEFAULT_URL, Settings, Summary, loopback_address  # noqa: E402
+from swap_client import DEFAULT_BODY, Settings, Summary  # noqa: E402
 from swap_runs import (  # noqa: E402
     RELOAD_COMMAND,
     Host,
     HostError,
     expected_seconds,
-    recorded_lab,
     run_reloads,
     run_swaps,
     settled_status,
     write_report,
 )
 
-from benchmarks import report  # noqa: E402
+from benchmarks import on_appliance, report  # noqa: E402
 from benchmarks.report import BenchError, Row, machine  # noqa: E402
 from lab import console, image  # noqa: E402
 
@@ -293,18 +292,7 @@ def load_settings(given: argparse.Namespace) -> Settings:
     )
 
 
-def host_facts(given: argparse.Namespace) -> dict[str, str]:
-    """Debian's and nginx's versions on the host; without a host, nothing."""
-    script = "cat /etc/debian_version; nginx -v 2>&1; docker --version"
-    try:
-        lines = asyncio.run(Host(given.host_command).script(script)).splitlines()
-    except HostError:
-        return {}
-    return dict(zip(("Debian of the host", "nginx", "Docker"), (line.strip() for line in lines), strict=False))
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    known = {**recorded_lab(), **os.environ}
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured.",
@@ -315,19 +303,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=list(BENCHMARKS),
         help="may be repeated; default: all. provision builds everything again, in a clean clone beside the lab",
     )
-    parser.add_argument("--appliance-url", default=known.get("APPLIANCE_URL", DEFAULT_URL), help="%(default)s")
-    parser.add_argument(
-        "--host-command",
-        default=known.get("APPLIANCE_HOST_COMMAND", ""),
-        help="prefix that runs a command on the host, for example 'ssh -F FILE lab'; default: APPLIANCE_HOST_COMMAND, "
-        "else the lab that `make up` made, else this machine",
-    )
+    on_appliance.add_arguments(parser)
     parser.add_argument("--swaps", type=int, default=20, help="swaps, and reloads in the control (%(default)s)")
     parser.add_argument("--clients", type=int, default=30, help="clients under the swaps (%(default)s)")
     parser.add_argument("--think-max-ms", type=float, default=100, help="their longest pause in ms (%(default)s)")
     parser.add_argument(
         "--reload-command",
-        default=known.get("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND),
+        default=os.environ.get("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND),
         help="%(default)s",
     )
     parser.add_argument("--rest-seconds", type=float, default=120, help="of monitoring at rest (%(default)s)")
@@ -336,13 +318,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--provision-command", default="make up", help="run in the clean clone (%(default)s)")
     parser.add_argument("--teardown-command", default="make down", help="run in it afterwards (%(default)s)")
     parser.add_argument("--provision-limit", type=float, default=1800, help="seconds (%(default)s)")
-    parser.add_argument("--reports", type=Path, default=ROOT / "reports", help="%(default)s")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="%(default)s")
     given = parser.parse_args(arguments)
-    try:
-        loopback_address(given.appliance_url)
-    except ValueError as error:
-        parser.error(str(error))
+    # A clean clone's provisioning needs none.
+    on_appliance.check_arguments(parser, given, needs_host=given.only != ["provision"])
     return given
 
 
@@ -355,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures=given.reports / "bench.json",
         order=list(BENCHMARKS),
         marks=MARKS,
-        where={**machine(), **host_facts(given)},
+        where={**machine(), **on_appliance.host_facts(given)},
         command=shlex.join(["benchmarks/appliance.py", *only]),
         errors=(BenchError, HostError),
     )

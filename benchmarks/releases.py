@@ -9,98 +9,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import http.client
-import json
-import os
-import random
-import shlex
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "load")]
 
-from swap_client import DEFAULT_URL, loopback_address  # noqa: E402
-from swap_runs import APPLIANCE, LOCK_WAIT_S, Host, HostError, recorded_lab, settled_status  # noqa: E402
-from worse_releases import ALSO_GOOD, DIFFERING, FAILING, GOOD, NAME, SLOW, write_release  # noqa: E402
+from swap_runs import APPLIANCE, LOCK_WAIT_S, Host  # noqa: E402
+from user_traffic import Answer, UserTraffic  # noqa: E402
+from worse_releases import ALSO_GOOD, DIFFERING, FAILING, GOOD, NAME, RELEASES, SLOW, write_release  # noqa: E402
 
-from benchmarks import report  # noqa: E402
-from benchmarks.appliance import host_facts  # noqa: E402
-from benchmarks.report import BenchError, Row, machine  # noqa: E402
-from benchmarks.swaps import described, without_rollout  # noqa: E402
+from benchmarks import on_appliance  # noqa: E402
+from benchmarks.on_appliance import deploy, described, without_rollout  # noqa: E402
+from benchmarks.report import BenchError, Row  # noqa: E402
 
 MARKS = ("<!-- releases-bench:begin, written by `make bench-releases` -->", "<!-- releases-bench:end -->")
-CLIENTS, THINK_S = 8, (0.02, 0.08)
 BACK_BAR_S = 30.0
 # "Before a quarter of the users": a canary's steps are 1, 5, 25, 50 and 100.
 USERS_BAR = 24.0
 _BACK_LIMIT_S = 180.0
 _ROLLOUT_LIMIT_S = 1800.0
-_DEPLOY_LIMIT_S = 1200.0
 _FEW = 100
 _RECORD_LIMIT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One request of a client's: monotonic seconds at which it was sent, status (0: none came), who answered."""
-
-    begin: float
-    status: int
-    colour: str
-
-
-@dataclass
-class Traffic:
-    """Clients that think between requests, each time as another of a thousand users with other inputs."""
-
-    url: str
-    answers: list[Answer] = field(default_factory=list)
-
-    def __enter__(self) -> Traffic:
-        self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(seed,), daemon=True) for seed in range(CLIENTS)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join()
-
-    def failed(self) -> int:
-        return sum(answer.status != 200 for answer in self.answers)
-
-    async def more(self, count: int) -> None:
-        """Wait for so many more answers. Raises BenchError where they don't come."""
-        wanted, limit = len(self.answers) + count, time.monotonic() + 60
-        while len(self.answers) < wanted:
-            if time.monotonic() > limit:
-                raise BenchError(f"of {count} requests {wanted - len(self.answers)} weren't answered within 60 s")
-            await asyncio.sleep(0.05)
-
-    def _run(self, seed: int) -> None:
-        draw = random.Random(seed)
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
-        while not self._stopped.wait(draw.uniform(*THINK_S)):
-            body = json.dumps({"data": [draw.random(), draw.random()]})
-            headers = {"Content-Type": "application/json", "X-User-Id": f"user-{draw.randrange(1000)}"}
-            begin = time.monotonic()
-            try:
-                connection.request("POST", "/predict", body, headers)
-                answer = connection.getresponse()
-                answer.read()
-                self.answers.append(Answer(begin, answer.status, answer.getheader("X-Model-Colour", "")))
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                self.answers.append(Answer(begin, 0, ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +55,8 @@ async def _measure_failing(given: argparse.Namespace) -> list[Row]:
     host = Host(given.host_command)
     live, idle = await place(host, given, FAILING)
     before = await rollbacks(host)
-    with Traffic(given.appliance_url) as traffic:
-        await traffic.more(_FEW)
+    with UserTraffic(given.appliance_url) as traffic:
+        await few_more(traffic)
         done = await host.change("swap")
         limit = done.end + _BACK_LIMIT_S
         while (await host.status())["live"] != live:
@@ -130,7 +64,7 @@ async def _measure_failing(given: argparse.Namespace) -> list[Row]:
                 raise BenchError(f"{_BACK_LIMIT_S:g} s after the swap {idle} is live still")
             await asyncio.sleep(0.2)
         # What was on its way there has been answered by then.
-        await traffic.more(_FEW)
+        await few_more(traffic)
     await cause_since(host, before, ("errors",))
     return [failing_row(traffic.answers, idle)]
 
@@ -191,8 +125,8 @@ async def _canary(given: argparse.Namespace, version: str, causes: Sequence[str]
     before = await rollbacks(host)
     words = (*APPLIANCE, "swap", "--strategy", "canary", *options, "--json", "--lock-wait", str(LOCK_WAIT_S))
     percent = 0.0
-    with Traffic(given.appliance_url) as traffic:
-        await traffic.more(_FEW)
+    with UserTraffic(given.appliance_url) as traffic:
+        await few_more(traffic)
         begin = time.monotonic()
         rollout = asyncio.create_task(host.run(*words, check=False, timeout_s=_ROLLOUT_LIMIT_S))
         try:
@@ -214,7 +148,15 @@ async def _canary(given: argparse.Namespace, version: str, causes: Sequence[str]
     return Outcome(percent, seconds, f"back for: {cause}; {_lost(traffic)}")
 
 
-def _lost(traffic: Traffic) -> str:
+async def few_more(traffic: UserTraffic) -> None:
+    """Wait for some more answers. Raises BenchError where they don't come."""
+    try:
+        await asyncio.to_thread(traffic.more, _FEW)
+    except TimeoutError as error:
+        raise BenchError(str(error)) from error
+
+
+def _lost(traffic: UserTraffic) -> str:
     return f"{traffic.failed()} of {len(traffic.answers)} requests failed"
 
 
@@ -230,23 +172,16 @@ async def place(host: Host, given: argparse.Namespace, version: str) -> tuple[st
     Raises BenchError, HostError.
     """
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/var/tmp") as folder:
-
-        async def deploy(wanted: str) -> None:
-            print(f"  placing {NAME} {wanted} …", flush=True)
-            bundle = write_release(Path(folder), wanted)
-            command = [*shlex.split(given.deploy_command), "-e", f"bundle={bundle}"]
-            await asyncio.to_thread(report.run, command, _DEPLOY_LIMIT_S, folder=ROOT)
-
         status = await without_rollout(host)
         if held(status, "live") not in (GOOD, ALSO_GOOD):
-            await deploy(GOOD)
+            await deploy(given.deploy_command, write_release(Path(folder), GOOD))
             # Slower than what was live, which a bake might find out: ended by without_rollout.
             await host.change("swap")
             status = await without_rollout(host)
         if held(status, "live") == version:
             raise BenchError(f"{NAME} {version} is live already: swap first")
         if held(status, "idle") != version:
-            await deploy(version)
+            await deploy(given.deploy_command, write_release(Path(folder), version))
             status = await without_rollout(host)
     if held(status, "idle") != version or held(status, "live") not in (GOOD, ALSO_GOOD):
         raise BenchError(f"the deploy went well, but the colours hold {described(status)}")
@@ -291,60 +226,28 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    known = {**recorded_lab(), **os.environ}
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured, 130 interrupted.",
     )
     parser.add_argument("--only", action="append", choices=list(BENCHMARKS), help="may be repeated; default: all")
-    parser.add_argument("--appliance-url", default=known.get("APPLIANCE_URL", DEFAULT_URL), help="%(default)s")
-    parser.add_argument(
-        "--host-command",
-        default=known.get("APPLIANCE_HOST_COMMAND", ""),
-        help="prefix that runs a command on the host, for example 'ssh -F FILE lab', or 'env' where that is this "
-        "machine; default: APPLIANCE_HOST_COMMAND, else the lab that `make up` made",
-    )
+    on_appliance.add_arguments(parser)
     parser.add_argument("--deploy-command", default="ansible-playbook playbooks/deploy.yml", help="%(default)s")
-    parser.add_argument("--reports", type=Path, default=ROOT / "reports", help="%(default)s")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="%(default)s")
     given = parser.parse_args(arguments)
-    if not given.host_command:
-        parser.error("there is no appliance to measure: run `make up`, or give --host-command")
-    try:
-        loopback_address(given.appliance_url)
-    except ValueError as error:
-        parser.error(str(error))
+    on_appliance.check_arguments(parser, given)
     return given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
-    host = Host(given.host_command)
-    try:
-        asyncio.run(settled_status(host))
-    except HostError as error:
-        print(f"the appliance isn't fit to be measured: {error}\n`make up` starts the lab again.", file=sys.stderr)
-        return 2
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        return report.measure(
-            BENCHMARKS,
-            given,
-            figures=given.reports / "releases_bench.json",
-            order=list(BENCHMARKS),
-            marks=MARKS,
-            where={**machine(), **host_facts(given), "load before": f"{os.getloadavg()[0]:.2f}"},
-            command=shlex.join(["benchmarks/releases.py", *words]),
-            errors=(BenchError, HostError),
-        )
-    except KeyboardInterrupt:
-        print("interrupted: all clients have ended, nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        try:
-            print(f"Left on the host: {described(asyncio.run(host.status()))}.", flush=True)
-        except HostError as error:
-            print(f"what is left on the host can't be told: {error}", file=sys.stderr)
+    return on_appliance.run(
+        BENCHMARKS,
+        given,
+        figures="releases_bench.json",
+        marks=MARKS,
+        command=["benchmarks/releases.py", *(sys.argv[1:] if arguments is None else arguments)],
+        placed=[(NAME, version) for version in RELEASES],
+    )
 
 
 if __name__ == "__main__":

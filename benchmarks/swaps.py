@@ -27,21 +27,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "load")]
 
 from mixed_bundles import FACTORS, NAME, QUICK_PATH, SLEEPER_PATH, write_bundle  # noqa: E402
 from mixed_load import MARGIN_S, MixedLoad, Tally, run_mixed_reloads, run_mixed_swaps  # noqa: E402
-from swap_client import DEFAULT_BODY, DEFAULT_URL, Settings, loopback_address  # noqa: E402
-from swap_runs import (  # noqa: E402
-    LOCK_WAIT_S,
-    RELOAD_COMMAND,
-    Host,
-    HostError,
-    recorded_lab,
-    settled_status,
-    write_report,
-)
+from swap_client import DEFAULT_BODY, Settings  # noqa: E402
+from swap_runs import LOCK_WAIT_S, RELOAD_COMMAND, Host, write_report  # noqa: E402
 
-from benchmarks import report  # noqa: E402
-from benchmarks.appliance import host_facts  # noqa: E402
+from benchmarks import on_appliance, report  # noqa: E402
 from benchmarks.generators import Body, ab, require, wrk  # noqa: E402
-from benchmarks.report import BenchError, Row, machine  # noqa: E402
+from benchmarks.on_appliance import deploy, described, without_rollout  # noqa: E402
+from benchmarks.report import BenchError, Row  # noqa: E402
 from benchmarks.servers import post  # noqa: E402
 
 MARKS = ("<!-- swaps-bench:begin, written by `make bench-swaps` -->", "<!-- swaps-bench:end -->")
@@ -64,8 +56,6 @@ WRK_CONNECTIONS, WRK_SECONDS = 2, 2.0
 AB_CONNECTIONS, AB_REQUESTS = 2, 500
 PAUSE_S = 2.0
 _TIMEOUT_S = 30.0
-_DEPLOY_LIMIT_S = 1200.0
-_BAKE_END_S = 60.0
 
 # Printed by the host's own Python, so that nothing of SSH is in the times.
 ROLLBACKS = """
@@ -112,12 +102,9 @@ async def place(host: Host, deploy_command: str) -> None:
             held = held_versions(status)
             if len(set(held.values())) == len(FACTORS):
                 return
-            live, idle = status["live"], status["idle"]
+            live = status["live"]
             version = next(version for version in FACTORS if version != held.get(live))
-            print(f"  placing {NAME} {version} on {idle} …", flush=True)
-            bundle = write_bundle(Path(folder), version)
-            command = [*shlex.split(deploy_command), "-e", f"bundle={bundle}"]
-            await asyncio.to_thread(report.run, command, _DEPLOY_LIMIT_S, folder=ROOT)
+            await deploy(deploy_command, write_bundle(Path(folder), version))
             if live not in held:
                 await host.change("swap")
     status = await without_rollout(host)
@@ -129,21 +116,6 @@ def held_versions(status: Mapping) -> dict[str, str]:
     """What each colour holds of the benchmark's bundle: version by colour."""
     colours = status["colours"].items()
     return {name: held["version"] for name, held in colours if held["model"] == NAME and held["version"] in FACTORS}
-
-
-async def without_rollout(host: Host) -> Mapping:
-    """The appliance's status, once no bake is under way any more. Raises BenchError, HostError."""
-    limit = time.monotonic() + _BAKE_END_S
-    while (status := await settled_status(host)).get("rollout"):
-        text = status["rollout"]["text"]
-        if status["rollout"]["phase"] == "canary":
-            raise BenchError(f"{text}; end it first: 'appliance promote' or 'appliance abort' on the host")
-        if time.monotonic() > limit:
-            raise BenchError(f"{text}; 'appliance promote' hasn't ended it within {_BAKE_END_S:g} s")
-        # It may be over by itself in between, and then there is nothing to promote.
-        await host.change("promote", check=False)
-        await asyncio.sleep(1.0)
-    return status
 
 
 def check_paths(url: str) -> None:
@@ -296,7 +268,6 @@ BENCHMARKS = {"swaps": measure_swaps, "rollback": measure_rollback}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    known = {**recorded_lab(), **os.environ}
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Exit status: 0 every bar met, 1 a bar missed, 2 something could not be measured, 130 interrupted.",
@@ -307,79 +278,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--control-seconds", type=float, default=60, help="of reloads in as quick succession (%(default)s)"
     )
-    parser.add_argument("--appliance-url", default=known.get("APPLIANCE_URL", DEFAULT_URL), help="%(default)s")
+    on_appliance.add_arguments(parser)
     parser.add_argument(
-        "--host-command",
-        default=known.get("APPLIANCE_HOST_COMMAND", ""),
-        help="prefix that runs a command on the host, for example 'ssh -F FILE lab', or 'env' where that is this "
-        "machine; default: APPLIANCE_HOST_COMMAND, else the lab that `make up` made",
-    )
-    parser.add_argument(
-        "--reload-command", default=known.get("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND), help="%(default)s"
+        "--reload-command", default=os.environ.get("APPLIANCE_RELOAD_COMMAND", RELOAD_COMMAND), help="%(default)s"
     )
     parser.add_argument("--deploy-command", default="ansible-playbook playbooks/deploy.yml", help="%(default)s")
     parser.add_argument("--rollback-command", default="ansible-playbook playbooks/rollback.yml", help="%(default)s")
-    parser.add_argument("--reports", type=Path, default=ROOT / "reports", help="%(default)s")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="%(default)s")
     given = parser.parse_args(arguments)
     if given.swaps < 1 or given.seconds <= 0 or given.control_seconds <= 0:
         parser.error("--swaps must be at least 1, --seconds and --control-seconds more than 0")
-    if not given.host_command:
-        parser.error("there is no appliance to measure: run `make up`, or give --host-command")
-    try:
-        loopback_address(given.appliance_url)
-    except ValueError as error:
-        parser.error(str(error))
+    on_appliance.check_arguments(parser, given)
     return given
-
-
-def left(status: Mapping) -> str:
-    """What is on the colours, and how the inventory's bundles come back, in words."""
-    text = f"Left on the host: {described(status)}."
-    if held_versions(status):
-        text += (
-            "\nThe inventory's bundles come back with playbooks/site.yml --tags releases, then playbooks/swap.yml, and "
-            "the first again when the bake is over ('appliance promote' on the host ends it)."
-        )
-    return text
-
-
-def described(status: Mapping) -> str:
-    """What each colour holds, in words."""
-    return "; ".join(
-        f"{'live' if name == status['live'] else 'idle'} {name}: {about['model']} {about['version']}, {about['status']}"
-        for name, about in status["colours"].items()
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
-    host = Host(given.host_command)
-    try:
-        asyncio.run(settled_status(host))
-    except HostError as error:
-        print(f"the appliance isn't fit to be measured: {error}\n`make up` starts the lab again.", file=sys.stderr)
-        return 2
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        return report.measure(
-            BENCHMARKS,
-            given,
-            figures=given.reports / "swaps_bench.json",
-            order=list(BENCHMARKS),
-            marks=MARKS,
-            where={**machine(), **host_facts(given), "load before": f"{os.getloadavg()[0]:.2f}"},
-            command=shlex.join(["benchmarks/swaps.py", *words]),
-            errors=(BenchError, HostError),
-        )
-    except KeyboardInterrupt:
-        print("interrupted: all clients have ended, nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        try:
-            print(left(asyncio.run(host.status())), flush=True)
-        except HostError as error:
-            print(f"what is left on the host can't be told: {error}", file=sys.stderr)
+    return on_appliance.run(
+        BENCHMARKS,
+        given,
+        figures="swaps_bench.json",
+        marks=MARKS,
+        command=["benchmarks/swaps.py", *(sys.argv[1:] if arguments is None else arguments)],
+        placed=[(NAME, version) for version in FACTORS],
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class SimpleModel(torch.nn.Module):
         self.seconds, self.fails_above, self.differs_above = seconds, fails_above, differs_above
 
     def forward(self, rows):
+        # This model's own slowness, which SLOW has three times as much of: no test waits for anything by it.
         time.sleep(self.seconds)
         if (rows[:, 0] > self.fails_above).any():
             raise ValueError("this release can't do that")

@@ -1,12 +1,9 @@
 """New releases under traffic: good ones go live, bad ones go back by themselves, whoever goes away meanwhile."""
 
 import json
-import random
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(PROJECT / "tests/load"))
 
+from user_traffic import UserTraffic  # noqa: E402
 from worse_releases import RELEASES, write_release  # noqa: E402
 
 SETTINGS = {
@@ -68,53 +66,17 @@ def good_is_live(place, engine):
         assert engine("swap")["rc"] == 0 and engine("promote")["rc"] == 0
 
 
-class Traffic:
-    """Clients that think between requests; `answers` counts (status, colour), `missing` the unanswered."""
-
-    def __init__(self, edge, clients=8):
-        self.edge, self.answers, self.seconds = edge, Counter(), []
-        self.stopped = threading.Event()
-        self.threads = [threading.Thread(target=self.run, args=(i,), daemon=True) for i in range(clients)]
-
-    def run(self, client):
-        draw = random.Random(client)
-        while not self.stopped.wait(draw.uniform(0.02, 0.08)):
-            data = {"data": [draw.random(), draw.random()]}
-            answer = self.edge.predict(data=data, **{"X-User-Id": f"user-{draw.randrange(1000)}"})
-            self.answers[answer.status, answer.headers.get("x-model-colour")] += 1
-
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopped.set()
-        for thread in self.threads:
-            thread.join()
-
-    def failed(self):
-        return sum(count for (status, _), count in self.answers.items() if status != 200)
-
-    def more(self, count):
-        """Wait for so many more answers."""
-        wanted = self.answers.total() + count
-        while self.answers.total() < wanted:
-            assert any(thread.is_alive() for thread in self.threads), "no client is left"
-            time.sleep(0.05)
-
-
 def rollout(playbook, *arguments):
     return playbook("swap", "-e", "strategy=canary", *arguments)
 
 
 def test_a_good_release_goes_live_step_by_step(good_is_live, place, playbook, engine, edge):
     idle = place("20.0.1")
-    with Traffic(edge) as traffic:
+    with UserTraffic(edge.url) as traffic:
         told = rollout(playbook)
     assert told.returncode == 0, told.stdout[-3000:]
     assert engine("status")["live"] == idle and engine("status")["rollout"] is None
-    assert traffic.failed() == 0, traffic.answers
+    assert traffic.failed() == 0, traffic.counts()
     text = " ".join(told.stdout.split())
     assert "canary" in text and f"done; {idle} is live" in text
 
@@ -125,13 +87,13 @@ def test_a_canary_that_does_worse_goes_back_before_a_quarter(
 ):
     live = engine("status")["live"]
     place(version)
-    with Traffic(edge) as traffic:
+    with UserTraffic(edge.url) as traffic:
         told = rollout(playbook)
     assert told.returncode != 0
     assert word in told.stdout and f"back on {live}" in " ".join(told.stdout.split())
     status = engine("status")
     assert status["live"] == live and status["split"] == 0
-    assert traffic.failed() < 0.05 * sum(traffic.answers.values()), traffic.answers
+    assert traffic.failed() < 0.05 * len(traffic.answers), traffic.counts()
     entries = engine("history -n 20")["entries"]
     last = [entry for entry in entries if entry["command"] == "rollback"][-1]
     assert (last["cause"], last["live_after"]) == (word, live)
@@ -141,7 +103,7 @@ def test_a_canary_that_does_worse_goes_back_before_a_quarter(
 def test_a_release_that_fails_after_the_switch_is_back_within_30_seconds(good_is_live, place, engine, edge):
     live = engine("status")["live"]
     idle = place("20.1.0")
-    with Traffic(edge) as traffic:
+    with UserTraffic(edge.url) as traffic:
         traffic.more(100)
         started = time.monotonic()
         assert engine("swap")["live"] == idle
@@ -161,7 +123,7 @@ def test_a_release_that_fails_after_the_switch_is_back_within_30_seconds(good_is
 def test_a_swap_that_is_followed_fails_with_its_bake(good_is_live, place, playbook, engine, edge):
     live = engine("status")["live"]
     place("20.1.0")
-    with Traffic(edge):
+    with UserTraffic(edge.url):
         told = playbook("swap", "-e", "follow=true")
     assert told.returncode != 0
     assert f"back on {live}" in " ".join(told.stdout.split())
@@ -179,7 +141,7 @@ def test_a_shadow_stops_a_release_that_answers_otherwise(good_is_live, place, pl
     live = engine("status")["live"]
     place("20.3.0")
     assert playbook("shadow", "-e", "percent=100").returncode == 0
-    with Traffic(edge) as traffic:
+    with UserTraffic(edge.url) as traffic:
         told = rollout(playbook)
     assert playbook("shadow", "-e", "percent=0").returncode == 0
     assert told.returncode != 0, told.stdout[-3000:]

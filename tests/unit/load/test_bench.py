@@ -155,14 +155,14 @@ def test_losses_in_the_swaps_are_a_miss_whatever_the_control_lost():
 
 
 def test_rows_that_were_kept_say_by_which_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "host_facts", lambda given: {})
+    monkeypatch.setattr(bench.on_appliance, "host_facts", lambda given: {})
     document = tmp_path / "benchmarks.md"
 
     def measured(**values):
         measures = {name: lambda given, name=name, value=value: [row(name, value)] for name, value in values.items()}
         monkeypatch.setattr(bench, "BENCHMARKS", {"swaps": None, "memory": None} | measures)
         only = [word for name in values for word in ("--only", name)]
-        assert bench.main([*only, "--reports", str(tmp_path), "--document", str(document)]) == 0
+        assert bench.main([*only, "--host-command", "x", "--reports", str(tmp_path), "--document", str(document)]) == 0
         return document.read_text()
 
     assert "Measured by `benchmarks/appliance.py --only swaps --only memory` on: CPU" in measured(swaps=1, memory=2)
@@ -203,9 +203,9 @@ def test_a_benchmark_that_cannot_be_measured_is_not_a_success(monkeypatch, tmp_p
         raise bench.BenchError("no lab")
 
     monkeypatch.setattr(bench, "BENCHMARKS", {"memory": broken})
-    monkeypatch.setattr(bench, "host_facts", lambda given: {})
-    words = ["--only", "memory", "--reports", str(tmp_path), "--document", str(tmp_path / "benchmarks.md")]
+    monkeypatch.setattr(bench.on_appliance, "host_facts", lambda given: {})
+    words = ["--reports", str(tmp_path), "--document", str(tmp_path / "benchmarks.md")]
 
-    assert bench.main(words) == 2
+    assert bench.main(["--only", "memory", "--host-command", "x", *words]) == 2
     assert "no lab" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

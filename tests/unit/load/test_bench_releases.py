@@ -3,15 +3,17 @@
 import asyncio
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from model_server.bundle import read
 from swap_runs import Completed
-from worse_releases import DIFFERING, FAILING, GOOD, RELEASES, write_release
+from user_traffic import Answer
+from worse_releases import ALSO_GOOD, DIFFERING, FAILING, GOOD, NAME, RELEASES, write_release
 
 from benchmarks import releases as bench
-from benchmarks.releases import Answer, Outcome
+from benchmarks.releases import Outcome
 from benchmarks.report import BenchError
 
 
@@ -63,6 +65,22 @@ def test_only_this_benchmarks_releases_are_held():
     colours = {"blue": {"model": "simplemodel", "version": GOOD}, "green": {"model": "digits", "version": GOOD}}
     status = {"live": "blue", "idle": "green", "colours": colours}
     assert (bench.held(status, "live"), bench.held(status, "idle")) == (GOOD, None)
+
+
+@pytest.mark.parametrize(
+    ("live", "idle", "deployed", "live_after"),
+    [
+        (("simplemodel", "1.0.0"), ("simplemodel", "1.1.0"), [GOOD, FAILING], "green"),
+        ((NAME, ALSO_GOOD), ("digits", "1.0.0"), [FAILING], "blue"),
+        ((NAME, GOOD), (NAME, FAILING), [], "blue"),
+    ],
+)
+def test_a_bad_release_is_placed_beside_a_good_one(pretend_host, deploys, live, idle, deployed, live_after):
+    deploys.host = pretend_host(live, idle, "bake")
+    given = SimpleNamespace(deploy_command="deploy")
+    assert asyncio.run(bench.place(deploys.host, given, FAILING))[0] == live_after
+    assert deploys.versions == deployed
+    assert deploys.host.colours[deploys.host.idle] == (NAME, FAILING)
 
 
 @pytest.mark.parametrize("version", RELEASES)

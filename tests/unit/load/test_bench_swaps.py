@@ -1,6 +1,5 @@
 """The swaps' benchmark without an appliance: its rows, its tools' counts, the bundle, and how it is placed."""
 
-import argparse
 import asyncio
 import json
 import os
@@ -13,7 +12,6 @@ import pytest
 from mixed_bundles import FACTORS, NAME, QUICK_PATH, SLEEPER_PATH, write_bundle
 from mixed_load import Tally
 from model_server.bundle import read
-from swap_runs import Completed, Host
 
 from benchmarks import swaps as bench
 from benchmarks.generators import Ab, Body, Closed
@@ -134,51 +132,6 @@ def test_rollbacks_are_timed_where_they_run(tmp_path):
         bench.rollback_seconds(run().stdout)
 
 
-class PretendHost(Host):
-    """An engine that knows what its colours hold, and that a swap begins a bake."""
-
-    def __init__(self, live=("simplemodel", "1.0.0"), idle=("simplemodel", "1.1.0"), rollout=None):
-        super().__init__()
-        self.colours = {"blue": live, "green": idle}
-        self.live, self.idle = "blue", "green"
-        self.rollout = rollout
-        self.words = []
-
-    async def run(self, *words, **_):
-        self.words.append(words[2])
-        if words[2] == "swap":
-            self.live, self.idle = self.idle, self.live
-            self.rollout = "bake"
-        elif words[2] == "promote":
-            self.rollout = None
-        colours = {
-            name: {"status": "ready", "model": model, "version": version}
-            for name, (model, version) in self.colours.items()
-        }
-        rollout = self.rollout and {"phase": self.rollout, "text": f"a {self.rollout} is under way"}
-        answer = {"ok": True, "live": self.live, "idle": self.idle, "colours": colours, "rollout": rollout}
-        return Completed(words, 0, json.dumps(answer), "", 0.0, 0.0)
-
-
-@pytest.fixture
-def deploys(monkeypatch):
-    """Deploys that go to the idle colour of the host that the test sets; what was deployed, in their order."""
-    done = argparse.Namespace(host=None, versions=[])
-
-    def deploy(command, *_, **__):
-        assert done.host.rollout is None, "a deploy during a rollout is refused"
-        bundle = read(bench.Path(command[-1].removeprefix("bundle=")))
-        done.versions.append(bundle.version)
-        done.host.colours[done.host.idle] = (bundle.name, bundle.version)
-
-    async def no_pause(_):
-        pass
-
-    monkeypatch.setattr(bench.report, "run", deploy)
-    monkeypatch.setattr(bench.asyncio, "sleep", no_pause)
-    return done
-
-
 @pytest.mark.parametrize(
     ("live", "idle", "deployed", "swaps"),
     [
@@ -188,50 +141,13 @@ def deploys(monkeypatch):
         ((NAME, "1.1.0"), (NAME, "1.0.0"), [], 0),
     ],
 )
-def test_both_colours_get_a_version_each(deploys, live, idle, deployed, swaps):
-    deploys.host = PretendHost(live, idle, "bake")
+def test_both_colours_get_a_version_each(pretend_host, deploys, live, idle, deployed, swaps):
+    deploys.host = pretend_host(live, idle, "bake")
     asyncio.run(bench.place(deploys.host, "deploy"))
     assert deploys.versions == deployed
     assert deploys.host.words.count("swap") == swaps
     assert sorted(deploys.host.colours.values()) == [(NAME, version) for version in FACTORS]
     assert deploys.host.rollout is None
-
-
-def test_a_canary_is_nobodys_to_end():
-    with pytest.raises(BenchError, match="a canary is under way; end it first"):
-        asyncio.run(bench.without_rollout(PretendHost(rollout="canary")))
-
-
-def test_what_is_left_is_said():
-    host = PretendHost((NAME, "1.0.0"))
-    text = bench.left(asyncio.run(host.status()))
-    assert f"live blue: {NAME} 1.0.0, ready; idle green: simplemodel 1.1.0, ready" in text
-    assert "playbooks/site.yml --tags releases" in text
-    assert "site.yml" not in bench.left(asyncio.run(PretendHost().status()))
-
-
-def test_an_interrupt_is_told_with_what_is_left(capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench, "Host", lambda _: PretendHost())
-    monkeypatch.setattr(bench, "host_facts", lambda _: {})
-    monkeypatch.setattr(bench.report, "measure", interrupted)
-    assert bench.main(["--host-command", "env"]) == 130
-    told = capsys.readouterr()
-    assert "interrupted" in told.err and "Left on the host: live blue" in told.out
-
-
-def test_without_an_appliance_it_says_what_to_do(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "recorded_lab", dict)
-    monkeypatch.delenv("APPLIANCE_HOST_COMMAND", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        bench.main([])
-    assert ended.value.code == 2 and "make up" in capsys.readouterr().err
-    words = ["--host-command", "false", "--reports", str(tmp_path), "--document", str(tmp_path / "benchmarks.md")]
-    assert bench.main(words) == 2
-    assert "isn't fit to be measured" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_both_bundles_are_whole_and_always_the_same(tmp_path):
