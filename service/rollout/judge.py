@@ -160,7 +160,7 @@ def latencies(new: Window, old: Window, config: Config, *, comparable: bool = Tr
 
 def _milliseconds(value: float) -> str:
     """Three digits, but never as a power of ten."""
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+    return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -290,6 +290,7 @@ def test_a_daemon_that_cant_say_isnt_an_image_that_is_gone(box, monkeypatch):
     ):
         box.host.docker_fault = fault
         assert said().startswith(words)
+    box.host.docker.shutdown()
     box.host.docker.server_close()
     assert said() == f"no usable answer on {socket}: Connection refused"
     os.unlink(socket)

@@ -62,6 +62,18 @@ def test_times_that_dont_compare_have_their_absolute_limit_only():
     assert re.fullmatch(r"at least \d{5} ms, at most 5000 ms", check.text)
 
 
+def test_no_time_is_a_power_of_ten():
+    times = {
+        0.0123: "0.0123 ms",
+        1.234: "1.23 ms",
+        99.94: "99.9 ms",
+        250.4: "250 ms",
+        999.7: "1000 ms",
+        5000: "5000 ms",
+    }
+    assert {value: judge._milliseconds(value) for value in times} == times
+
+
 def test_three_times_slower_fails_at_every_quantile():
     assert latency(window(1000, ms=60), window(1000, ms=20)) == {"p50": FAIL, "p95": FAIL, "p99": FAIL}
 
