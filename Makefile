@@ -41,7 +41,7 @@ down: ## remove what `make up` made
 	@$(LAB) down
 
 test: engine ## run everything: lint, unit tests, Molecule and the swap under load
-	@tests/run
+	@PYTHON=$(PYTHON) tests/run
 
 engine:
 	@$(LAB) engine

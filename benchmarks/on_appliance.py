@@ -90,7 +90,13 @@ def described(status: Mapping) -> str:
 
 def left(status: Mapping, placed: Collection[tuple[str, str]]) -> str:
     """What is on the colours; where that is among `placed`, names and versions, how the inventory's come back."""
-    text = f"Left on the host: {described(status)}."
+    text = f"Left on the host: {described(status)}"
+    for share, what in (
+        (status["split"], "of users go to the idle colour"),
+        (status["shadow"], "of requests are copied"),
+    ):
+        text += f"; {share} % {what}" if share else ""
+    text += f"; {status['rollout']['text']}." if status["rollout"] else "."
     if any((about["model"], about["version"]) in placed for about in status["colours"].values()):
         text += (
             "\nThe inventory's bundles come back with playbooks/site.yml --tags releases, then playbooks/swap.yml, and "

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,28 +56,28 @@ def measure_failing(given: argparse.Namespace) -> list[Row]:
 async def _measure_failing(given: argparse.Namespace) -> list[Row]:
     host = Host(given.host_command)
     live, idle = await place(host, given, FAILING)
-    before = await rollbacks(host)
+    before = await history(host)
     with UserTraffic(given.appliance_url) as traffic:
         await few_more(traffic)
-        done = await host.change("swap")
-        limit = done.end + _BACK_LIMIT_S
-        while (await host.status())["live"] != live:
-            if time.monotonic() > limit:
-                raise BenchError(f"{_BACK_LIMIT_S:g} s after the swap {idle} is live still")
-            await asyncio.sleep(0.2)
-        # What was on its way there has been answered by then.
-        await few_more(traffic)
-    await cause_since(host, before, ("errors",))
-    return [failing_row(traffic.answers, idle)]
+        async with back_where_lost(host, live):
+            done = await host.change("swap")
+            while not (back := await is_back(host, live)) and time.monotonic() < done.end + _BACK_LIMIT_S:
+                await asyncio.sleep(0.2)
+            cause = await cause_since(host, before, ("errors",)) if back else "nothing, until it was sent back"
+            if not back:
+                await send_back(host, live)
+            # What was on its way there has been answered by then.
+            await few_more(traffic)
+    return [failing_row(traffic.answers, idle, cause)]
 
 
-def failing_row(answers: Sequence[Answer], bad: str) -> Row:
+def failing_row(answers: Sequence[Answer], bad: str, cause: str) -> Row:
     """For how long clients were sent to the colour `bad`, from their own view."""
     sent = [answer.begin for answer in answers if answer.colour == bad]
     if not sent:
         raise BenchError(f"no client has seen {bad}: nothing is known")
     failed = sum(answer.status != 200 for answer in answers)
-    note = f"{failed} of {len(answers)} requests failed; back for: errors"
+    note = f"{failed} of {len(answers)} requests failed; back for: {cause}"
     figure = "a fifth of its requests fail: for how long it was live"
     return Row("failing", figure, max(sent) - min(sent), "s", BACK_BAR_S, note, "sudo appliance swap", "1")
 
@@ -96,8 +98,8 @@ def measure_differing(given: argparse.Namespace) -> list[Row]:
 
     async def shadowed() -> Outcome:
         await place(host, given, DIFFERING)
-        await host.run(*APPLIANCE, "shadow", "100", "--json", "--lock-wait", str(LOCK_WAIT_S))
         try:
+            await host.run(*APPLIANCE, "shadow", "100", "--json", "--lock-wait", str(LOCK_WAIT_S))
             return await _canary(given, DIFFERING, ("shadow",))
         finally:
             await host.run(*APPLIANCE, "shadow", "0", "--json", "--lock-wait", str(LOCK_WAIT_S))
@@ -119,33 +121,48 @@ def measure_good(given: argparse.Namespace) -> list[Row]:
 
 
 async def _canary(given: argparse.Namespace, version: str, causes: Sequence[str], *options: str) -> Outcome:
-    """Have a canary of that version judged under traffic, to its end; where it goes back, for one of `causes`."""
+    """Have a canary of that version judged under traffic, to its end; where there are `causes`, it goes back for one."""
     host = Host(given.host_command)
     live, idle = await place(host, given, version)
-    before = await rollbacks(host)
+    before = await history(host)
     words = (*APPLIANCE, "swap", "--strategy", "canary", *options, "--json", "--lock-wait", str(LOCK_WAIT_S))
-    percent = 0.0
     with UserTraffic(given.appliance_url) as traffic:
         await few_more(traffic)
-        begin = time.monotonic()
-        rollout = asyncio.create_task(host.run(*words, check=False, timeout_s=_ROLLOUT_LIMIT_S))
-        try:
-            while not rollout.done():
-                status = await host.status()
-                percent = max(percent, 100 if status["live"] == idle else status["split"])
-                await asyncio.sleep(0.5)
-        except BaseException:
-            # Nobody would be left to see what becomes of it.
-            await host.change("abort", check=False)
-            raise
-    done, seconds = rollout.result(), time.monotonic() - begin
-    said = done.json()["message"]
-    if done.returncode == 0:
-        return Outcome(100.0, seconds, f"{said}; {_lost(traffic)}")
-    if (await host.status())["live"] != live:
-        raise BenchError(f"the canary ended with exit status {done.returncode}, but {idle} is live: {said}")
+        async with back_where_lost(host, live):
+            done = await host.run(*words, check=False, timeout_s=_ROLLOUT_LIMIT_S)
+            said, now_live = done.json()["message"], (await host.status())["live"]
+    lost = f"{traffic.failed()} of {len(traffic.answers)} requests failed"
+    if now_live == idle:
+        return Outcome(100.0, done.end - done.begin, f"{said}; {lost}")
     cause = await cause_since(host, before, causes, said)
-    return Outcome(percent, seconds, f"back for: {cause}; {_lost(traffic)}")
+    percent = largest_share(newer(await history(host), before))
+    return Outcome(percent, done.end - done.begin, f"back for: {cause}; {lost}")
+
+
+@contextlib.asynccontextmanager
+async def back_where_lost(host: Host, live: str) -> AsyncIterator[None]:
+    """Send traffic back where nobody is left to see what becomes of a release: an error, or an interrupt."""
+    try:
+        yield
+    except BaseException:
+        await send_back(host, live)
+        raise
+
+
+async def send_back(host: Host, live: str) -> None:
+    """End the rollout under way, and have that colour live."""
+    # Twice, since what was asked for over SSH may begin after the first.
+    for _ in range(2):
+        await host.change("abort", check=False)
+        await asyncio.sleep(1.0)
+    if (await host.status())["live"] != live:
+        await host.change("rollback", check=False)
+
+
+async def is_back(host: Host, live: str) -> bool:
+    """Whether that colour has all the users."""
+    status = await host.status()
+    return status["live"] == live and status["split"] == 0
 
 
 async def few_more(traffic: UserTraffic) -> None:
@@ -154,10 +171,6 @@ async def few_more(traffic: UserTraffic) -> None:
         await asyncio.to_thread(traffic.more, _FEW)
     except TimeoutError as error:
         raise BenchError(str(error)) from error
-
-
-def _lost(traffic: UserTraffic) -> str:
-    return f"{traffic.failed()} of {len(traffic.answers)} requests failed"
 
 
 def users_row(benchmark: str, figure: str, outcome: Outcome, command: str) -> Row:
@@ -194,26 +207,38 @@ def held(status: dict, role: str) -> str | None:
     return about["version"] if about["model"] == NAME else None
 
 
-async def rollbacks(host: Host) -> list[dict]:
-    """The latest rollbacks of the audit log, oldest first."""
-    entries = (await host.run(*APPLIANCE, "history", "-n", "50", "--json")).json()["entries"]
-    return [entry for entry in entries if entry["command"] == "rollback"]
+async def history(host: Host) -> list[dict]:
+    """The latest entries of the audit log, oldest first."""
+    return (await host.run(*APPLIANCE, "history", "-n", "50", "--json")).json()["entries"]
+
+
+def newer(entries: Sequence[dict], before: Sequence[dict]) -> Sequence[dict]:
+    """Those entries that came after the last one of an earlier look."""
+    return entries[entries.index(before[-1]) + 1 :] if before and before[-1] in entries else entries
+
+
+def largest_share(entries: Sequence[dict]) -> float:
+    """The largest percentage of the users that a canary gave the new colour."""
+    found = (
+        re.search(r"serves (\d+) % of users", entry["message"]) for entry in entries if entry["command"] == "canary"
+    )
+    return max((float(match[1]) for match in found if match), default=0.0)
 
 
 async def cause_since(host: Host, before: Sequence[dict], causes: Sequence[str], said: str = "") -> str:
     """Why traffic went back after `before`; its record is written a moment after the switch.
 
-    Raises BenchError where there is no newer record, as of a canary that was refused, or where the cause isn't one of
-    `causes`: a release that went back for something else was not found out.
+    Raises BenchError where there is no newer record, as of a canary that was refused, or where there are `causes` and
+    it isn't one of them: a release that went back for something else was not found out.
     """
-    last, limit = before[-1:], time.monotonic() + _RECORD_LIMIT_S
-    while (found := (await rollbacks(host))[-1:]) == last:
+    limit = time.monotonic() + _RECORD_LIMIT_S
+    while not (found := [entry for entry in newer(await history(host), before) if entry["command"] == "rollback"]):
         if time.monotonic() > limit:
             raise BenchError(f"no rollback is on record: {said}")
         await asyncio.sleep(0.2)
-    if found[0]["cause"] not in causes:
-        raise BenchError(f"it went back for {found[0]['cause']!r}: {found[0]['message']}")
-    return found[0]["cause"]
+    if causes and found[-1]["cause"] not in causes:
+        raise BenchError(f"it went back for {found[-1]['cause']!r}: {found[-1]['message']}")
+    return found[-1]["cause"]
 
 
 # The good one last: it is live from then on.

@@ -55,10 +55,13 @@ class UserTraffic:
         return Counter((answer.status, answer.colour) for answer in self.answers)
 
     def more(self, count: int, limit_s: float = 60.0) -> None:
-        """Wait for so many more answers. Raises TimeoutError where they don't come within `limit_s` seconds."""
+        """Wait for so many more answers.
+
+        Raises TimeoutError where they don't come within `limit_s` seconds, or where the clients have been stopped.
+        """
         wanted, limit = len(self.answers) + count, time.monotonic() + limit_s
         while (missing := wanted - len(self.answers)) > 0:
-            if time.monotonic() > limit:
+            if self._stopped.is_set() or time.monotonic() > limit:
                 raise TimeoutError(f"of {count} requests {missing} weren't made within {limit_s:g} s")
             time.sleep(0.05)
 

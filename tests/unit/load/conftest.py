@@ -38,6 +38,7 @@ class PretendHost(Host):
         }
         rollout = self.rollout and {"phase": self.rollout, "text": f"a {self.rollout} is under way"}
         answer = {"ok": True, "live": self.live, "idle": self.idle, "colours": colours, "rollout": rollout}
+        answer |= {"split": 0, "shadow": 0}
         return Completed(words, 0, json.dumps(answer), "", 0.0, 0.0)
 
 

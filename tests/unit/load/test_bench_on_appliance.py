@@ -25,6 +25,13 @@ def test_what_is_left_is_said(pretend_host):
     assert "site.yml" not in left(("digits", "1.0.0"))
 
 
+def test_what_goes_on_is_said(pretend_host):
+    status = asyncio.run(pretend_host(rollout="bake").status())
+    text = on_appliance.left(status | {"split": 5, "shadow": 100}, [])
+    assert text.endswith("; 5 % of users go to the idle colour; 100 % of requests are copied; a bake is under way.")
+    assert on_appliance.left(status | {"rollout": None}, []).endswith("simplemodel 1.1.0, ready.")
+
+
 @BOTH
 def test_an_interrupt_is_told_with_what_is_left(pretend_host, capsys, monkeypatch, bench):
     def interrupted(*_, **__):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from model_server.bundle import read
-from swap_runs import Completed
+from swap_runs import Completed, HostError
 from user_traffic import Answer
 from worse_releases import ALSO_GOOD, DIFFERING, FAILING, GOOD, NAME, RELEASES, write_release
 
@@ -19,13 +19,13 @@ from benchmarks.report import BenchError
 
 def test_the_time_on_the_bad_colour_is_the_clients():
     answers = [Answer(9.0, 200, "blue"), Answer(10.0, 200, "green"), Answer(12.0, 500, ""), Answer(14.5, 500, "green")]
-    row = bench.failing_row([*answers, Answer(15.0, 200, "blue")], "green")
+    row = bench.failing_row([*answers, Answer(15.0, 200, "blue")], "green", "errors")
     assert (row.value, row.unit, row.verdict) == (4.5, "s", "PASS")
     assert row.note == "2 of 5 requests failed; back for: errors"
     late = [*answers, Answer(40.5, 200, "green")]
-    assert bench.failing_row(late, "green").verdict == "MISS"
+    assert bench.failing_row(late, "green", "errors").verdict == "MISS"
     with pytest.raises(BenchError, match="no client has seen green"):
-        bench.failing_row(answers[:1], "green")
+        bench.failing_row(answers[:1], "green", "errors")
 
 
 @pytest.mark.parametrize(("percent", "verdict"), [(5, "PASS"), (25, "MISS"), (100, "MISS")])
@@ -53,12 +53,45 @@ def test_the_cause_is_that_of_the_new_rollback(monkeypatch):
     earlier, swap, new = rollback(1, "errors"), {"command": "swap"}, rollback(2, "p50")
     late = Recorded([earlier], [earlier, swap], [earlier, swap, new])
     assert asyncio.run(bench.cause_since(late, [earlier], ("p50",))) == "p50"
+    # The control may go back for anything, and the entries of before may be too old to be told.
+    assert asyncio.run(bench.cause_since(Recorded([new]), [earlier], ())) == "p50"
     with pytest.raises(BenchError, match="went back for 'p50'"):
         asyncio.run(bench.cause_since(Recorded([new]), [], ("shadow",)))
     # A canary that was refused went back for nothing.
     monkeypatch.setattr(bench, "_RECORD_LIMIT_S", 0.3)
     with pytest.raises(BenchError, match="no rollback is on record: green isn't ready"):
         asyncio.run(bench.cause_since(Recorded([earlier]), [earlier], ("errors",), "green isn't ready"))
+
+
+def test_the_largest_share_of_users_is_that_of_this_canary():
+    def canary(percent):
+        return {"command": "canary", "message": f"canary: green (release 3) serves {percent} % of users"}
+
+    before = [canary(50), rollback(1, "p50")]
+    entries = [*before, canary(1), canary(5), {"command": "rollback", "message": "green serves 25 % of users"}]
+    assert bench.largest_share(bench.newer(entries, before)) == 5
+    assert bench.largest_share(bench.newer(entries, [])) == 50
+    assert bench.largest_share([]) == 0
+
+
+@pytest.mark.parametrize("live", ["blue", "green"])
+@pytest.mark.parametrize("error", [HostError, KeyboardInterrupt])
+def test_a_bad_release_that_nobody_watches_any_more_is_sent_back(pretend_host, monkeypatch, live, error):
+    host = pretend_host()
+    host.live = live
+
+    async def lost():
+        async with bench.back_where_lost(host, "blue"):
+            raise error
+
+    async def no_pause(_):
+        pass
+
+    monkeypatch.setattr(bench.asyncio, "sleep", no_pause)
+    with pytest.raises(error):
+        asyncio.run(lost())
+    # Where abort has brought it back, a rollback would undo that.
+    assert host.words == ["abort", "abort", "status", *(["rollback"] if live == "green" else [])]
 
 
 def test_only_this_benchmarks_releases_are_held():

@@ -1,6 +1,7 @@
 """Clients as users are: what they count, and what ends their waiting."""
 
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -59,3 +60,12 @@ def test_what_nobody_answers_is_told(server):
     traffic = UserTraffic(f"http://127.0.0.1:{server.server_port}")
     with pytest.raises(TimeoutError, match="of 5 requests 5 weren't made within 0.1 s"):
         traffic.more(5, 0.1)
+
+
+def test_nobody_waits_for_clients_that_were_stopped(server):
+    began = time.monotonic()
+    with UserTraffic(f"http://127.0.0.1:{server.server_port}") as traffic:
+        traffic.more(10)
+    with pytest.raises(TimeoutError):
+        traffic.more(5)
+    assert time.monotonic() - began < 30
