@@ -121,7 +121,7 @@ def measure_good(given: argparse.Namespace) -> list[Row]:
 
 
 async def _canary(given: argparse.Namespace, version: str, causes: Sequence[str], *options: str) -> Outcome:
-    """Have a canary of that version judged under traffic, to its end; where there are `causes`, it goes back for one."""
+    """Have a canary of that version judged, under traffic. Where there are `causes`, it goes back for one."""
     host = Host(given.host_command)
     live, idle = await place(host, given, version)
     before = await history(host)
