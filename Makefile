@@ -4,7 +4,6 @@
 #            LAB_DEBIAN_MIRROR, LAB_GRAFANA_REPOSITORY; BUNDLE, PORT. Example: make up LAB_EDGE_PORT=8081
 SHELL := /bin/bash
 PYTHON ?= python3
-BUNDLE ?= bundles/simplemodel/1.0.0
 PORT ?= 8000
 LAB := $(PYTHON) -m lab
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -26,6 +25,7 @@ swap: ## make the idle colour live
 	@$(LAB) play swap
 
 deploy: ## place a bundle on the idle colour: make deploy BUNDLE=bundles/digits/1.0.0
+	@test -n "$(BUNDLE)" || { echo "Say which: make deploy BUNDLE=bundles/digits/1.0.0" >&2; exit 2; }
 	@$(LAB) play deploy -e bundle=$(BUNDLE)
 
 canary: ## make the idle colour live step by step, back by itself where it does worse
@@ -111,7 +111,7 @@ bench-service: environment ## measure the model service beside its peers; BENCH=
 	python benchmarks/service.py $(BENCH)
 
 serve: environment ## serve a bundle on this machine without Docker: make serve BUNDLE=bundles/digits/1.0.0 PORT=8000
-	@PYTHONPATH=service python -m model_server.serve $(BUNDLE) --port $(PORT)
+	@PYTHONPATH=service python -m model_server.serve $(or $(BUNDLE),bundles/simplemodel/1.0.0) --port $(PORT)
 
 bundle: environment ## make and check bundles: make bundle ARGS="check bundles/simplemodel/1.0.0"; ARGS=--help tells more
 	@PYTHONPATH=service python -m model_server.bundle_tool $(ARGS)

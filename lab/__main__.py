@@ -241,7 +241,10 @@ def main() -> int:
             case "play":
                 playbook(_running(arguments.name), arguments.playbook, *arguments.arguments)
             case "shell":
-                os.execvp("ssh", machine.ssh(_running(arguments.name), *arguments.remote))
+                status = subprocess.call(machine.ssh(_running(arguments.name), *arguments.remote))
+                # A shell ends with the status of the last command that was typed, which is nothing for make to
+                # complain of; 255 is ssh's own.
+                return status if arguments.remote or status == 255 else 0
             case "restart":
                 machine.restart(machine.load(arguments.name))
             case "down":

@@ -174,14 +174,10 @@ def _print_made(models: Any) -> None:
 
 
 def _print_example(example: dict[str, Any]) -> None:
-    from model_server.payload import to_json
+    from model_server.payload import shortened, to_json
 
     request, response = (to_json(example[key]).decode() for key in ("request", "response"))
-    print(f"recorded  {_short(request)}  ->  {_short(response)}  within {example['tolerance']:g}")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+    print(f"recorded  {shortened(request)}  ->  {shortened(response)}  within {example['tolerance']:g}")
 
 
 def _next(directory: Path) -> str:

@@ -172,7 +172,7 @@ def _self_test(model: Model, requests: list[payload.Rows]) -> None:
 
 
 def _mismatch(bundle: Bundle, index: int, example: Example, answer: Any) -> str:
-    expected, got = (json.dumps(value)[:200] for value in (example.response, answer))
+    expected, got = (payload.shortened(json.dumps(value)) for value in (example.response, answer))
     return (
         f"{bundle.label}: {EXAMPLES}: example {index} doesn't reproduce: "
         f"expected {expected} within {example.tolerance}, got {got}"

@@ -18,6 +18,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 DTYPES = tuple(_RANGES)
 
+# Characters of a request or an answer in a message.
+_SHOWN = 200
 _NOT_FINITE = "the model has no finite answer for these numbers"
 
 _KINDS: dict[type, str] = {
@@ -292,6 +294,11 @@ def _why_not_json(body: bytes) -> str:
     except (ValueError, RecursionError):
         return 'the body is not JSON; send {"data": …}'
     return "the body holds a number that is out of range, or text that is not Unicode"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a JSON text for a message, which says how much is left out."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
 def same(expected: Any, actual: Any, tolerance: float) -> bool:

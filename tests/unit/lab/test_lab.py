@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import __main__ as lab_command
 from lab import controller, engine, image, machine, programs
 from lab.__main__ import _lab_name, _machine_from, _parser, _predict
 from lab.console import LabError, run, wait_until
@@ -150,6 +151,21 @@ def test_the_name_is_checked_wherever_it_is_taken():
     for command in ("up", "create", "shell", "restart", "down"):
         with pytest.raises(SystemExit):
             _parser().parse_args([command, "--name=.."])
+
+
+@pytest.mark.parametrize(
+    ("remote", "ended", "status"),
+    [
+        pytest.param([], 127, 0, id="a shell"),
+        pytest.param([], 255, 255, id="no connection"),
+        pytest.param(["false"], 1, 1, id="a command"),
+    ],
+)
+def test_a_shell_that_was_left_is_no_failure(monkeypatch, remote, ended, status):
+    monkeypatch.setattr(sys, "argv", ["lab", "shell", *remote])
+    monkeypatch.setattr(lab_command, "_running", lambda name: machine.Machine(name=name))
+    monkeypatch.setattr(lab_command.subprocess, "call", lambda command: ended)
+    assert lab_command.main() == status
 
 
 def test_a_taken_port_is_found_at_once():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from bundle_making import SHIPPED, write_sums
-from model_server import loading
+from model_server import loading, payload
 from model_server.bundle import BundleError, read
 
 
@@ -189,6 +189,11 @@ def test_examples_that_do_not_reproduce(bundle_dir):
     path.write_text(json.dumps(document))
     write_sums(bundle_dir)
     rejected(bundle_dir, "example 1 doesn't reproduce", load=True)
+
+
+def test_a_long_answer_in_a_message_says_how_long_it_is():
+    assert payload.shortened("x" * 200) == "x" * 200
+    assert payload.shortened("x" * 241) == "x" * 200 + "… (241 characters)"
 
 
 def test_example_with_a_wrong_request(bundle_dir):
