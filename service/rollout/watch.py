@@ -286,6 +286,8 @@ class Trial:
         self._began = self._since = self._calm = time.monotonic()
         # It was ready when the rollout began, so that only a boot since then gives it the time to become so again.
         self._starting = begun.boot is None or begun.boot != host.boot()
+        # Whether the last look found it starting after what hit both.
+        self._shaken = False
         self.failures = 0
         # Since when it can't go on, although nothing is wrong with the new colour, and when to try again.
         self.failing_since: float | None = None
@@ -326,9 +328,12 @@ class Trial:
         health = self._health()
         if health.verdict == NO_DATA:
             # What hit both colours says nothing about the new one.
-            self._calm = time.monotonic()
+            self._shaken = True
             self._compared.clear()
             return [health, self._errors_at_start()]
+        if self._shaken:
+            # Nor does what failed since the last look, in which it still started.
+            self._shaken, self._calm = False, time.monotonic()
         since_own = max(self._since, self._calm)
         baking = self._present.phase == plan.BAKE
         new, old = self._clients(since_own, baking)

@@ -77,6 +77,25 @@ def test_to_wait_for_a_slow_model_isnt_to_give_up(canary):
         assert look(trial)["errors"].verdict == FAIL
 
 
+def test_what_failed_while_it_started_condemns_nobody(canary):
+    with begin(canary) as trial:
+        for colour in ("blue", "green"):
+            canary.host.stop(colour)
+        assert look(trial)["health"].verdict == NO_DATA
+        # Between two looks: it fails still, and is ready.
+        write(canary, "green", 20, status=502)
+        for colour in ("blue", "green"):
+            canary.host.start(colour)
+        for colour in ("blue", "green"):
+            write(canary, colour, 30)
+        assert look(trial)["errors"].verdict == NO_DATA
+        for colour in ("blue", "green"):
+            write(canary, colour, 30)
+        assert look(trial)["errors"].verdict == PASS
+        write(canary, "green", 20, status=502)
+        assert look(trial)["errors"].verdict == FAIL
+
+
 def place(box, fault, data=(1.0, 2.0)):
     """Release 3 on green, whose bundle has examples with this input."""
     box.host.faults["3.0.0"] = {fault}
