@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,15 @@ lab                        : ok=41   changed=0    unreachable=0    failed=0    s
 
 def row(benchmark="memory", value=1.0, bar=None, figure="x"):
     return bench.Row(benchmark, figure, value, "MiB", bar, "note", "command", "1", "2026-01-31")
+
+
+PROGRAMS = sorted(path for path in PATH.parent.glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_starts(program):
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 
 def test_changes_are_read_from_the_recap():
