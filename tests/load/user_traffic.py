@@ -34,6 +34,7 @@ class UserTraffic:
         self.answers: list[Answer] = []
         self._address = urlsplit(url).netloc
         self._stopped = threading.Event()
+        self._progress = threading.Condition()
         self._threads = [threading.Thread(target=self._run, args=(seed,), daemon=True) for seed in range(CLIENTS)]
 
     def __enter__(self) -> UserTraffic:
@@ -43,6 +44,8 @@ class UserTraffic:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+        with self._progress:
+            self._progress.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -59,11 +62,11 @@ class UserTraffic:
 
         Raises TimeoutError where they don't come within `limit_s` seconds, or where the clients have been stopped.
         """
-        wanted, limit = len(self.answers) + count, time.monotonic() + limit_s
-        while (missing := wanted - len(self.answers)) > 0:
-            if self._stopped.is_set() or time.monotonic() > limit:
+        with self._progress:
+            wanted = len(self.answers) + count
+            self._progress.wait_for(lambda: len(self.answers) >= wanted or self._stopped.is_set(), limit_s)
+            if (missing := wanted - len(self.answers)) > 0:
                 raise TimeoutError(f"of {count} requests {missing} weren't made within {limit_s:g} s")
-            time.sleep(0.05)
 
     def _run(self, seed: int) -> None:
         draw = random.Random(seed)
@@ -76,8 +79,11 @@ class UserTraffic:
                 connection.request("POST", "/predict", body, headers)
                 answer = connection.getresponse()
                 answer.read()
-                self.answers.append(Answer(begin, answer.status, answer.getheader("X-Model-Colour", "")))
+                found = Answer(begin, answer.status, answer.getheader("X-Model-Colour", ""))
             except (OSError, http.client.HTTPException):
                 connection.close()
-                self.answers.append(Answer(begin, 0, ""))
+                found = Answer(begin, 0, "")
+            with self._progress:
+                self.answers.append(found)
+                self._progress.notify_all()
         connection.close()
