@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
@@ -130,18 +128,6 @@ def boot() -> str | None:
     except (OSError, IndexError):
         return None
     return f"{kernel}-{began}"
-
-
-def docker_age() -> float:
-    """For how many seconds Docker's daemon has run: 0 while it doesn't, infinite where that can't be told."""
-    properties = "ActiveState,ActiveEnterTimestampMonotonic"
-    try:
-        answer = run(["systemctl", "show", "-p", properties, "docker.service"], _URGENT_SECONDS)
-        values = dict(line.partition("=")[::2] for line in answer.stdout.splitlines())
-        active, began = values["ActiveState"] == "active", int(values["ActiveEnterTimestampMonotonic"])
-    except (Failed, KeyError, ValueError):
-        return math.inf
-    return time.monotonic() - began / 1e6 if active else 0.0
 
 
 def enable_unit(unit: str) -> None:

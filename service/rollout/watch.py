@@ -42,8 +42,6 @@ _SETTLING_SECONDS = 15.0
 # After a boot, or after what hit both colours, the new one may be ready later than the old one. For so long the errors
 # of its clients condemn it as little as its health does.
 _STARTING_SECONDS = 10.0
-# A Docker that starts ends what it finds running, one container after the other.
-_DOCKER_STARTS_SECONDS = 30.0
 # Our own requests to the new colour get so many times as long as the old one's slowest answer took, and at least this.
 _SYNTHETIC_RATIO = 5.0
 _SYNTHETIC_SECONDS = 2.0
@@ -387,7 +385,6 @@ class Trial:
         if health is None or wrong:
             # Docker went away, or the host has just booted: that isn't the new release's fault.
             shared = _unwell(self._source, self._present.source_release)[0] is not None
-            shared = shared or host.docker_age() < _DOCKER_STARTS_SECONDS
             if shared:
                 # Whichever comes back first, both get the time to.
                 self._began, self._restarts, self._starting = time.monotonic(), None, True

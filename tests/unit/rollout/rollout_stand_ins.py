@@ -274,8 +274,6 @@ class FakeHost:
         self.calls: list[list[str]] = []
         self.docker_fault: tuple[int, object] | None = None
         """What docker's daemon answers instead: a status, and what its body holds."""
-        self.docker_unit = {"ActiveState": "active", "ActiveEnterTimestampMonotonic": 1}
-        """What systemd says about docker's daemon: since when it has run, in microseconds."""
         self.load: subprocess.Popen | None = None
         """The load test that runs."""
         self._starts = 0
@@ -374,8 +372,6 @@ class FakeHost:
                 self.load.kill()
             return 0, "", ""
         verb, colour = command[1], command[-1].partition("@")[2].partition(".")[0]
-        if command[-1] == "docker.service":
-            return 0, "".join(f"{k}={v}\n" for k, v in self.docker_unit.items()), ""
         if verb == "show":
             return 0, "".join(f"{k}={v}\n" for k, v in self.units[colour].items()), ""
         if verb == "restart":

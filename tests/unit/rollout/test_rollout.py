@@ -177,29 +177,6 @@ def test_after_a_boot_a_colour_gets_the_time_to_become_ready(rollout):
     assert present(rollout).phase == plan.DONE and rollout.state.live == "green"
 
 
-@pytest.mark.parametrize("state", ["active", "activating"])
-def test_a_docker_that_starts_may_end_the_new_colour_first(rollout, state):
-    rollout.configure(ready_timeout_seconds=60, judge_patience_seconds=60)
-    assert rollout.run("swap").status == 0
-    now = int(time.monotonic() * 1e6)
-    rollout.host.docker_unit = {"ActiveState": state, "ActiveEnterTimestampMonotonic": now if state == "active" else 1}
-    rollout.host.stop("green")
-    thread = in_background(rollout)
-    wait_for(lambda: looked(rollout, "health", "no data"))
-    rollout.host.start("green")
-    thread.join(30)
-    assert present(rollout).phase == plan.DONE and rollout.state.live == "green"
-
-
-def test_a_docker_that_cant_be_asked_excuses_nobody(rollout):
-    rollout.configure(bake_seconds=20)
-    assert rollout.run("swap").status == 0
-    rollout.host.docker_unit = {"ActiveState": ""}
-    rollout.host.stop("green")
-    carry_out(rollout)
-    assert present(rollout).cause == "health" and rollout.state.live == "blue"
-
-
 def test_after_a_boot_a_colour_that_clients_get_errors_from_goes_back(rollout, monkeypatch):
     monkeypatch.setattr(watch, "_STARTING_SECONDS", 0.1)
     rollout.configure(bake_seconds=20, ready_timeout_seconds=60)
