@@ -66,7 +66,7 @@ def ours(bundle: Path = SIMPLEMODEL, workers: int = WORKERS) -> Iterator[Server]
         sockets.mkdir()
         port = free_port()
         environment = {
-            **_without_model_settings(os.environ),
+            **_production_settings(os.environ),
             "PYTHONPATH": str(ROOT / "service"),
             "MODEL_BUNDLE_DIR": str(bundle),
             "MODEL_SOCKET_DIR": str(sockets),
@@ -210,8 +210,14 @@ def _get_status(url: str) -> int | None:
         connection.close()
 
 
-def _without_model_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith("MODEL_")}
+def _production_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of the caller that the model service doesn't read.
+
+    The image has its modules compiled. The environment's are compiled by the first start, unless the caller forbids it.
+    """
+    ours = {name: value for name, value in environment.items() if not name.startswith("MODEL_")}
+    ours.pop("PYTHONDONTWRITEBYTECODE", None)
+    return ours
 
 
 def _fastapi(python: Path, port: int, scratch: Path) -> Plan:
