@@ -145,13 +145,21 @@ def post(url: str, body: Body, timeout: float = 10.0) -> tuple[int, bytes, http.
         connection.close()
 
 
-def check_answer(server: Server) -> None:
-    """Raise BenchError unless the server answers simplemodel's example rightly: a wrong answer isn't worth timing."""
+def check_answer(server: Server, patience: float = 0.0) -> None:
+    """Raise BenchError unless the server answers simplemodel's example rightly: a wrong answer isn't worth timing.
+
+    For `patience` seconds it may answer 503, as one does whose queue is still full from the load before.
+    """
     body, expected = simplemodel_example()
-    try:
-        status, data, _ = post(server.url(), body)
-    except (OSError, http.client.HTTPException) as error:
-        raise BenchError(f"{server.name} doesn't answer: {error}") from error
+    until = time.monotonic() + patience
+    while True:
+        try:
+            status, data, _ = post(server.url(), body)
+        except (OSError, http.client.HTTPException) as error:
+            raise BenchError(f"{server.name} doesn't answer: {error}") from error
+        if status != 503 or time.monotonic() >= until:
+            break
+        time.sleep(0.1)
     if not _is_right(status, data, expected):
         raise BenchError(f"{server.name} answers {status} {data[:200]!r}, not 200 and {expected}")
 

@@ -73,6 +73,8 @@ IMAGE_SECONDS = 10.0
 # So are rows that take long.
 CLOSED_SECONDS = 10.0
 START_RUNS, START_BAR_S = 5, 5.0
+# In which a queue must have become shorter once nobody asks any more.
+QUEUE_S = 10.0
 
 
 @dataclass
@@ -134,8 +136,8 @@ def _throughput_beside(name: str, given: argparse.Namespace) -> list[Row]:
                         rounds[server.name].add(server, body, connections, given.seconds)
             found[connections] = (rounds[mine.name], rounds[other.name])
         # Under load, too, nobody may have been left with a wrong answer.
-        check_answer(mine)
-        check_answer(other)
+        check_answer(mine, QUEUE_S)
+        check_answer(other, QUEUE_S)
     return throughput_rows(name, found, f"{given.rounds} x {given.seconds:g} s")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import open_loop
+from benchmarks import open_loop, servers
 from benchmarks.generators import Body, Closed, paced, parse_ab, parse_wrk, saturated
 from benchmarks.processes import Process, Sample, cpu_between, family, parse_pss, parse_stat
 from benchmarks.report import BenchError, Row, merge, number
@@ -185,3 +185,25 @@ def test_a_tensor_body_says_where_its_bytes_begin():
 def test_every_peer_has_pinned_versions():
     for name in bench.PEER_NAMES:
         assert all("==" in pin for pin in bench.versions(name)) and bench.versions(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "patience", "fault"),
+    [
+        ([503, 503, 200], 10.0, None),
+        ([503], 0.0, "answers 503"),
+        # Whoever is patient with a full queue isn't with anything else.
+        ([503, 500], 10.0, "answers 500"),
+    ],
+)
+def test_a_queue_that_is_still_full_is_waited_for(monkeypatch, given, patience, fault):
+    _, expected = servers.simplemodel_example()
+    answers = iter([(status, json.dumps({"output": expected}).encode(), {}) for status in given])
+    monkeypatch.setattr(servers, "post", lambda *_: next(answers))
+    server = servers.Server("peer", process=None, port=1, path="/predict", seconds_to_ready=0)
+    if fault:
+        with pytest.raises(BenchError, match=fault):
+            servers.check_answer(server, patience)
+    else:
+        servers.check_answer(server, patience)
+    assert next(answers, None) is None
