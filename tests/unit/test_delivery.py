@@ -359,11 +359,20 @@ def test_what_has_other_content_stays(site, state):
     assert site.calls("mv", "appliance") == [] and (site.delivered / "model.py").read_text() == "# other\n"
 
 
-def test_an_archive_is_recorded_as_where_it_lies(site):
+@pytest.mark.parametrize("edited", [False, True])
+def test_an_archive_is_recorded_as_where_it_lies(site, edited):
     git = ["git", "-C", str(site.root / "work"), "-c", "user.name=x", "-c", "user.email=x@localhost"]
     subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    sources = site.root / "work/train.py"
+    sources.write_text("# committed\n")
+    subprocess.run([*git, "add", sources.name], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    # A tag, which is not the revision.
+    subprocess.run([*git, "tag", "-a", "-m", "x", "v1"], check=True)
     revision = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    if edited:
+        sources.write_text("# not committed\n")
+        revision += "-dirty"
     archive = site.root / "work/model.tar.gz"
     with tarfile.open(archive, "w:gz") as made:
         made.add(site.source, arcname="1.1.0")
