@@ -158,6 +158,8 @@ ROW = struct.pack("<2f", 1, 2)
         ([1, 2], "FP16", ROW[:4], {}, "datatype FP32"),
         ([1, 2], "BF16", ROW[:4], {}, "datatype FP32"),
         ([1, 2], "FP32", struct.pack("<2f", 1, float("inf")), {}, "finite"),
+        ([1, 2], "FP32", struct.pack("<2f", float("-inf"), float("inf")), {}, "finite"),
+        ([1, 2], "FP32", struct.pack("<2f", float("nan"), 3e38), {}, "finite"),
         ([1, 2], "FP32", None, {"data": [1]}, "as many elements"),
         ([1, 2], "FP32", None, {"data": [[1, 2], [3, 4]]}, "as many elements"),
         ([1, 2], "FP32", None, {"data": [1, "2"]}, "must be a number"),
@@ -168,6 +170,12 @@ ROW = struct.pack("<2f", 1, 2)
 def test_what_is_wrong_is_said(shape, datatype, raw, more, message):
     with pytest.raises(BadRequest, match=message):
         begin(SPECS[0], *request(shape, datatype, raw, **more))
+
+
+def test_numbers_may_be_so_large_that_they_have_no_sum():
+    largest = torch.finfo(torch.float32).max
+    call = begin(SPECS[0], *request([2, 2], "FP32", struct.pack("<4f", *[largest] * 3, -largest)))
+    assert call.rows.tolist() == [[largest, largest], [largest, -largest]]
 
 
 def test_a_truth_value_is_0_or_1():
