@@ -7,8 +7,8 @@ PYTHON ?= python3
 PORT ?= 8000
 LAB := $(PYTHON) -m lab
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# Tests and benchmarks start the model service some hundred times. Where this is set, each start compiles PyTorch again,
-# which takes three times as long as the start itself.
+# Tests and benchmarks start the model service some hundred times. pip leaves PyTorch uncompiled here (lab/controller.py);
+# the first start makes up for it, but with this set each one compiles it again, and takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

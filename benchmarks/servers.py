@@ -93,6 +93,7 @@ def peer(name: str, environments: Path) -> Iterator[Server]:
             "PYTHONPATH": str(PEERS),
             "BENCH_BUNDLE": str(SIMPLEMODEL),
             "OMP_NUM_THREADS": "1",
+            # Nothing may appear beside the bundle's files.
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         environment = {**os.environ, **variables, **plan.variables}
@@ -219,13 +220,13 @@ def _get_status(url: str) -> int | None:
 
 
 def _production_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of the caller that the model service doesn't read.
+    """The caller's variables, without the model service's settings and what keeps Python from compiling packages once.
 
-    The image has its modules compiled. The environment's are compiled by the first start, unless the caller forbids it.
+    In the image they are compiled.
     """
-    ours = {name: value for name, value in environment.items() if not name.startswith("MODEL_")}
-    ours.pop("PYTHONDONTWRITEBYTECODE", None)
-    return ours
+    kept = {name: value for name, value in environment.items() if not name.startswith("MODEL_")}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    return kept
 
 
 def _fastapi(python: Path, port: int, scratch: Path) -> Plan:
