@@ -152,15 +152,12 @@ def check_answer(server: Server, patience: float = 0.0) -> None:
     For `patience` seconds it may answer 503, as one does whose queue is still full from the load before.
     """
     body, expected = simplemodel_example()
-    until = time.monotonic() + patience
-    while True:
-        try:
-            status, data, _ = post(server.url(), body)
-        except (OSError, http.client.HTTPException) as error:
-            raise BenchError(f"{server.name} doesn't answer: {error}") from error
-        if status != 503 or time.monotonic() >= until:
-            break
-        time.sleep(0.1)
+    try:
+        if patience:
+            _wait(server, lambda: post(server.url(), body)[0] != 503, patience)
+        status, data, _ = post(server.url(), body)
+    except (OSError, http.client.HTTPException) as error:
+        raise BenchError(f"{server.name} doesn't answer: {error}") from error
     if not _is_right(status, data, expected):
         raise BenchError(f"{server.name} answers {status} {data[:200]!r}, not 200 and {expected}")
 
@@ -181,13 +178,13 @@ def _running(
         process.stop()
 
 
-def _wait(server: Server, is_ready: Callable[[], bool]) -> float:
-    """Seconds until it is ready. Raises BenchError where it ends before that, or needs too long."""
+def _wait(server: Server, is_ready: Callable[[], bool], limit: float = _START_SECONDS) -> float:
+    """Seconds from its start until it is ready. Raises BenchError where it ends before, or isn't by `limit`."""
     started = time.monotonic()
     while not is_ready():
         server.process.check()
-        if time.monotonic() - started > _START_SECONDS:
-            raise BenchError(f"isn't ready after {_START_SECONDS:g} s: {reason(server.process.output())}")
+        if time.monotonic() - started > limit:
+            raise BenchError(f"isn't ready after {limit:g} s: {reason(server.process.output())}")
         time.sleep(0.01)
     return time.monotonic() - server.process.started
 

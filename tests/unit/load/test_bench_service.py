@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,18 +193,19 @@ def test_every_peer_has_pinned_versions():
     [
         ([503, 503, 200], 10.0, None),
         ([503], 0.0, "answers 503"),
+        ([503], 0.1, "isn't ready after 0.1 s"),
         # Whoever is patient with a full queue isn't with anything else.
         ([503, 500], 10.0, "answers 500"),
     ],
 )
 def test_a_queue_that_is_still_full_is_waited_for(monkeypatch, given, patience, fault):
     _, expected = servers.simplemodel_example()
-    answers = iter([(status, json.dumps({"output": expected}).encode(), {}) for status in given])
-    monkeypatch.setattr(servers, "post", lambda *_: next(answers))
-    server = servers.Server("peer", process=None, port=1, path="/predict", seconds_to_ready=0)
+    statuses = itertools.chain(given, itertools.repeat(given[-1]))
+    monkeypatch.setattr(servers, "post", lambda *_: (next(statuses), json.dumps({"output": expected}).encode(), {}))
+    process = SimpleNamespace(started=0.0, check=lambda: None, output=lambda: "")
+    server = servers.Server("peer", process, port=1, path="/predict", seconds_to_ready=0)
     if fault:
         with pytest.raises(BenchError, match=fault):
             servers.check_answer(server, patience)
     else:
         servers.check_answer(server, patience)
-    assert next(answers, None) is None
