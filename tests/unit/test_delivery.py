@@ -337,6 +337,19 @@ def test_what_is_damaged_on_the_host_is_delivered_again(site):
     assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in left.iterdir()} == before
 
 
+def test_what_changes_after_it_was_checked_is_not_delivered(site):
+    place = {"name": "rollout", "tasks_from": "place_one.yml"}
+    told, status = site.play(
+        {"ansible.builtin.include_role": place | {"tasks_from": "check.yml"}},
+        {"ansible.builtin.shell": f"cd {site.source} && echo >>model.py && sha256sum [a-z]* >SHA256SUMS"},
+        {"ansible.builtin.include_role": place},
+        rollout_source=str(site.source),
+        rollout_colour="green",
+    )
+    assert status == 2 and f"{site.source} was changed after it was checked: run the playbook again." in told, told
+    assert site.calls("appliance") == [] and list(site.delivered.parent.iterdir()) == []
+
+
 def test_check_mode_says_what_is_damaged_and_leaves_it(site):
     shutil.copytree(SOURCE, site.delivered)
     cut(site.delivered / "weights.pth")
@@ -605,8 +618,9 @@ def test_a_refused_link_shows_nothing_of_what_it_leads_to():
     listed = yaml.safe_load((PROJECT / "roles/rollout/tasks/check.yml").read_text())
     [block] = [task["block"] for task in listed if "block" in task]
     [number] = [number for number, task in enumerate(block) if "links" in task.get("vars", {})]
-    # Nothing was judged before, and the sentence can be made without the bundle's own files.
-    assert not [task for task in block[:number] if "ansible.builtin.assert" in task]
+    # Before, only what describe_bundle.py said was judged, which reads nothing through a link. The sentence can be made
+    # without the bundle's own files.
+    assert [task["name"] for task in block[:number] if "ansible.builtin.assert" in task] == ["Check its manifest"]
     check, variables = block[number]["ansible.builtin.assert"], block[number]["vars"]
     assert check["that"] == "links | length == 0" and "lookup" not in str(block[number])
     files = [{"isreg": False, "isdir": False, "path": "/b/SHA256SUMS"}, {"isreg": True, "isdir": False, "path": "/b/x"}]
