@@ -7,6 +7,9 @@ PYTHON ?= python3
 PORT ?= 8000
 LAB := $(PYTHON) -m lab
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Ansible ends at once where the user's locale, often one that ssh brought along, was never generated on this machine; this
+# one is built in.
+export LC_ALL := C.UTF-8
 # Tests and benchmarks start the model service some hundred times. pip leaves PyTorch uncompiled here (lab/controller.py);
 # the first start makes up for it, but with this set each one compiles it again, and takes three times as long.
 unexport PYTHONDONTWRITEBYTECODE

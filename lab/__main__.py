@@ -48,7 +48,9 @@ def playbook(lab: machine.Machine, name: str, *arguments: str) -> None:
     :raises LabError: when it fails; its own last lines say why.
     """
     command = [str(controller.VENV / "bin/ansible-playbook"), f"playbooks/{name}.yml", *arguments]
-    environment = {**os.environ, "LAB_NAME": lab.name, "PATH": f"{controller.VENV / 'bin'}:{os.environ['PATH']}"}
+    path = f"{controller.VENV / 'bin'}:{os.environ['PATH']}"
+    # Ansible ends at once where the user's own locale was never generated on this machine.
+    environment = {**os.environ, "LAB_NAME": lab.name, "PATH": path, "LC_ALL": "C.UTF-8"}
     result = subprocess.run(command, cwd=controller.PROJECT, env=environment, check=False)
     if result.returncode != 0:
         raise LabError(f"playbooks/{name}.yml ended with exit status {result.returncode}; the reason stands above.")

@@ -168,6 +168,22 @@ def test_a_shell_that_was_left_is_no_failure(monkeypatch, remote, ended, status)
     assert lab_command.main() == status
 
 
+def test_ansible_runs_in_a_locale_that_every_machine_has(monkeypatch):
+    monkeypatch.setenv("LC_ALL", "xx_XX.UTF-8")
+    given = []
+
+    def started(command, *, env, **_):
+        given.append(env["LC_ALL"])
+        return subprocess.CompletedProcess(command, 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab_command.subprocess, "run", started)
+        lab_command.playbook(machine.Machine(name="x"), "status")
+    make = ["make", "--silent", "--eval", "locale: ; @echo $$LC_ALL", "locale"]
+    given.append(subprocess.run(make, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip())
+    assert given == ["C.UTF-8", "C.UTF-8"]
+
+
 def test_a_taken_port_is_found_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
