@@ -22,11 +22,12 @@ class FeatureStatistics:
         if not values:
             return
         added = len(values)
-        mean = math.fsum(values) / added
-        m2 = math.fsum((value - mean) ** 2 for value in values)
         total = self.count + added
+        # Rounded, the mean of equal values is another number than they are, and a constant would seem to vary.
+        mean = values[0] if min(values) == max(values) else math.fsum(values) / added
+        m2 = math.fsum((value - mean) ** 2 for value in values)
         distance = mean - self.mean
-        self.mean += distance * added / total
+        self.mean = self.mean + distance * added / total if self.count else mean
         self.m2 += m2 + distance**2 * self.count * added / total
         self.count = total
         for value in values if edges else ():
@@ -35,7 +36,9 @@ class FeatureStatistics:
     @property
     def std(self) -> float:
         """The sample's standard deviation; 0 for fewer than two values."""
-        return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
+        found = math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
+        # A state that was kept by an earlier version may hold what rounding left of a constant.
+        return found if found > 1e-13 * abs(self.mean) else 0.0
 
     def ratios(self) -> list[float]:
         """The share of each bin. Half a value more in each keeps every logarithm of a share finite."""

@@ -42,6 +42,22 @@ def test_moments_are_those_of_all_values_whatever_the_batches(center):
     assert found.bins == [sum(value < center for value in values), sum(value >= center for value in values)]
 
 
+@pytest.mark.parametrize("value", [0.1, 19.99, 95.6])
+def test_a_constant_has_its_value_as_mean_and_no_spread_whatever_the_batches(value):
+    """The rules ask only whether the deviation is above 0: all else would be a drift of quadrillions of deviations."""
+    generator = random.Random(2)
+    for _ in range(20):
+        found = FeatureStatistics()
+        for _ in range(20):
+            found.add([value] * generator.choice([1, 2, 3, 7, 13, 700]), [])
+            assert (found.mean, found.m2, found.std) == (value, 0.0, 0.0)
+
+
+def test_what_rounding_left_in_an_earlier_state_is_no_spread():
+    assert FeatureStatistics(count=5000, mean=0.1, m2=5e-31).std == 0.0
+    assert FeatureStatistics(count=5000, mean=1e9, m2=5e-3).std > 0.0
+
+
 def test_an_edge_belongs_to_the_bin_above_it():
     found = FeatureStatistics(bins=[0, 0, 0])
     found.add([0.0, 1.0], [0.0, 1.0])
