@@ -14,7 +14,11 @@ from pathlib import Path
 
 from rollout.judge import Window
 
+# TorchServe's clients may send theirs with PUT.
+_PREDICTING = ("POST", "PUT")
 _CLIENT_GONE = 499
+# Client errors that are no answer to the input: it took too long, there were too many, or the client went away.
+NOT_OF_THE_INPUT = (408, 429, _CLIENT_GONE)
 # More say nothing new about a second.
 _MOST_TIMES = 500
 _MOST_BYTES_PER_READ = 64 * 1024 * 1024
@@ -144,7 +148,7 @@ def _parse(line: bytes) -> _Request | None:
     """A prediction, or None for anything else, a torn line included."""
     try:
         entry = json.loads(line)
-        if entry["method"] != "POST":
+        if entry["method"] not in _PREDICTING:
             return None
         # nginx gives one time for each worker that it tried. The whole request's time would count a slow client, too.
         tried = [float(part) for part in entry["upstream_seconds"].replace(":", ",").split(",") if part.strip(" -")]
@@ -173,14 +177,15 @@ def _add(window: Window, request: _Request) -> None:
     window.requests += 1
     if request.status >= 500:
         window.errors += 1
-    elif request.status < 400:
-        if len(window.seconds) < _MOST_TIMES:
-            window.seconds.append(request.seconds)
-        else:
-            # A fair sample of all, however many come.
-            place = random.randrange(window.requests)
-            if place < _MOST_TIMES:
-                window.seconds[place] = request.seconds
+    elif request.status >= 400:
+        window.refused += request.status not in NOT_OF_THE_INPUT
+    elif len(window.seconds) < _MOST_TIMES:
+        window.seconds.append(request.seconds)
+    else:
+        # A fair sample of all, however many come.
+        place = random.randrange(window.requests)
+        if place < _MOST_TIMES:
+            window.seconds[place] = request.seconds
 
 
 def _sum(windows: Iterable[Window | None]) -> Window:
@@ -189,6 +194,7 @@ def _sum(windows: Iterable[Window | None]) -> Window:
         if window is not None:
             total.requests += window.requests
             total.errors += window.errors
+            total.refused += window.refused
             total.seconds += window.seconds
             total.gone += window.gone
     return total

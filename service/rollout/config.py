@@ -31,6 +31,7 @@ _NUMBERS = {
     "judge_max_error_share": _SHARE,
     "judge_max_error_ratio": _RATIO,
     "judge_error_ceiling": _SHARE,
+    "judge_max_refused_share": _SHARE,
     "judge_max_latency_ratio": _RATIO,
     "judge_min_latency_difference_ms": _MILLISECONDS,
     "judge_max_p95_ms": _MILLISECONDS,
@@ -85,6 +86,8 @@ class Config(NamedTuple):
     """How many times the other colour's share is tolerated."""
     judge_error_ceiling: float = 0.5
     """Share of such answers that is never tolerated, whatever the other colour's is."""
+    judge_max_refused_share: float = 0.1
+    """Share of answers with a status of 400 to 499 that is tolerated whatever the other colour does."""
     judge_max_latency_ratio: float = 1.5
     """How many times the other colour's quantile of the answering time is tolerated."""
     judge_min_latency_difference_ms: float = 2.0

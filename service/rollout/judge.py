@@ -26,6 +26,7 @@ _MIN_BEYOND = 5
 class Window:
     """The requests of one colour that count: how many, how many failed, and how long the good ones took in seconds.
 
+    `refused` is how many were answered with a client error, as a wrong input is, which are not among the failed.
     `gone` is how long those clients waited in seconds that went away without an answer; of all these only the
     `given_up` count, among the failed.
     """
@@ -35,15 +36,20 @@ class Window:
     seconds: list[float] = field(default_factory=list)
     gone: list[float] = field(default_factory=list)
     given_up: int = 0
+    refused: int = 0
 
     @property
     def error_share(self) -> float:
         return self.errors / self.requests if self.requests else 0.0
 
+    @property
+    def refused_share(self) -> float:
+        return self.refused / self.requests if self.requests else 0.0
+
     def with_given_up(self, after: float) -> Window:
         """The same, where whoever went away after `after` seconds counts as a failed request."""
         count = sum(seconds >= after for seconds in self.gone)
-        return Window(self.requests + count, self.errors + count, self.seconds, given_up=count)
+        return Window(self.requests + count, self.errors + count, self.seconds, given_up=count, refused=self.refused)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,28 @@ def errors(new: Window, old: Window, config: Config, least: int) -> Check:
         FAIL if failed else well,
         f"{new.errors} of {new.requests} requests failed{gave_up} ({new.error_share:.1%}, at most {limit:.1%})",
         new.error_share,
+        limit,
+    )
+
+
+def refusals(new: Window, old: Window, config: Config) -> Check | None:
+    """Judge the share of requests that the new colour calls wrong against the other colour's; None for too few.
+
+    A release with other inputs than the old one's answers at once and without an error, and serves nobody. Where not
+    one answer was good, it never passes.
+    """
+    if new.requests < config.judge_min_requests:
+        return None
+    # Only the other colour tells a client's mistakes from the release's.
+    limit = config.judge_error_ceiling
+    if old.requests >= config.judge_min_requests:
+        limit = max(config.judge_max_refused_share, config.judge_max_error_ratio * old.refused_share)
+    served = PASS if new.refused + new.errors < new.requests else NO_DATA
+    return Check(
+        "refused",
+        FAIL if _at_least(new.refused, new.requests) > limit else served,
+        f"{new.refused} of {new.requests} requests refused with 4xx ({new.refused_share:.1%}, at most {limit:.1%})",
+        new.refused_share,
         limit,
     )
 

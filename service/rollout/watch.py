@@ -45,8 +45,6 @@ _STARTING_SECONDS = 10.0
 # Our own requests to the new colour get so many times as long as the old one's slowest answer took, and at least this.
 _SYNTHETIC_RATIO = 5.0
 _SYNTHETIC_SECONDS = 2.0
-# Statuses of client errors that are no answer to the input: it took too long, or there were too many.
-_NOT_OF_THE_INPUT = (408, 429, 499)
 
 
 class _Later(Interrupts):
@@ -351,6 +349,9 @@ class Trial:
             of_old = Window()
         hangs = own_new.given_up >= _ENOUGH_ERRORS and own_old.seconds and not own_old.given_up
         checks = [health, judge.errors(seen, of_old, self.config, _ENOUGH_ERRORS if met or hangs else least)]
+        # Our own requests are right for either release.
+        refused = judge.refusals(new, old, self.config)
+        checks += [refused] if refused else []
         if enough:
             times = judge.latencies(new, old, self.config)
         else:
@@ -460,6 +461,7 @@ def _both(one: Window, other: Window) -> Window:
         one.errors + other.errors,
         one.seconds + other.seconds,
         given_up=one.given_up + other.given_up,
+        refused=one.refused + other.refused,
     )
 
 
@@ -520,7 +522,7 @@ class Synthetic:
                     self._slowest = max(self._slowest or 0.0, time.monotonic() - began)
             finally:
                 self._asked.set()
-            if self.alike and 400 <= status < 500 and status not in _NOT_OF_THE_INPUT:
+            if self.alike and 400 <= status < 500 and status not in accesslog.NOT_OF_THE_INPUT:
                 self.alike = False
                 progress(
                     f"{colour} answers an example of release {self._present.target_release} with {status}: each colour "

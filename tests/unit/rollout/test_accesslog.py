@@ -51,13 +51,15 @@ def test_colours_statuses_and_our_own_are_kept_apart(path):
         line(),
         line(status=500),
         line(status=404),
+        line(status=429),
         line(status=499),
         line(method="GET"),
         line(request_id="appliance-word-7-1"),
     )
     write(path, line(request_id="appliance-word-fresh-1"), "not json\n", "{}\n")
     log.read()
-    assert numbers(log) == (3, 1, [0.02])
+    assert numbers(log) == (4, 1, [0.02])
+    assert log.clients("green", 0).refused == 1
     assert log.own("green", 0).requests == 1
 
 
@@ -69,6 +71,13 @@ def test_a_clients_id_hides_no_request(path, request_id):
     assert numbers(log) == (1, 1, []) and log.own("green", 0).requests == 0
     window = accesslog.before(path, "green", 60, "appliance-word-7-", "appliance-word-")
     assert (window.requests, window.errors) == (1, 1)
+
+
+def test_what_was_put_is_a_prediction_too(path):
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
+    write(path, line(method="PUT", status=500), line(method="PUT"))
+    log.read()
+    assert numbers(log) == (2, 1, [0.02])
 
 
 def test_who_went_away_is_kept_apart_with_the_time_waited(path):

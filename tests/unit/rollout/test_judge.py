@@ -47,6 +47,26 @@ def test_without_one_good_answer_it_never_passes(count):
     assert check.verdict == NO_DATA and f"{count} of {count} requests failed" in check.text
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "verdict"),
+    [
+        (Window(29, refused=29), window(1000), None),
+        (window(1000), window(1000), PASS),
+        (Window(1000, refused=1000), window(1000), FAIL),
+        (Window(30, refused=15), window(1000), FAIL),
+        (Window(30, refused=6), window(1000), PASS),  # one client's mistake
+        (Window(1000, refused=150), Window(1000, refused=100), PASS),  # mistakes that both are sent
+        (Window(1000, refused=1000), Window(1000, refused=900), NO_DATA),  # nor did it answer anybody well
+        (Window(1000, 100, refused=900), Window(1000, refused=900), NO_DATA),
+        (Window(100, refused=40), window(20), PASS),  # with nothing to compare with
+        (Window(100, refused=90), window(20), FAIL),
+    ],
+)
+def test_refusals(new, old, verdict):
+    check = judge.refusals(new, old, CONFIG)
+    assert (check and check.verdict) == verdict
+
+
 @pytest.mark.parametrize(("ms", "seconds"), [(1, 0.25), (100, 0.3), (1000, 3.0), (2000, 5.0), (4000, 5.0), (8000, 8.0)])
 def test_who_gives_up_has_waited_longer_than_nearly_all_others(ms, seconds):
     assert judge.given_up_after(window(1000, ms=ms, spread=0), CONFIG) == pytest.approx(seconds)

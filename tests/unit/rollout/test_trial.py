@@ -49,6 +49,16 @@ def test_a_colour_on_which_clients_give_up_fails(canary, served, gave_up):
     assert found.verdict == FAIL and f"{gave_up} of them because clients gave up" in found.text, found
 
 
+def test_a_colour_that_refuses_its_clients_fails(canary):
+    with begin(canary) as trial:
+        write(canary, "blue", 500)
+        write(canary, "green", 100)
+        assert look(trial)["refused"].verdict == PASS
+        write(canary, "green", 100, status=400)
+        found = look(trial)["refused"]
+    assert found.verdict == FAIL and "100 of 200 requests refused" in found.text, found
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_clients_that_change_their_mind_condemn_nobody(canary, share):
     with begin(canary) as trial:
