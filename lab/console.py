@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,22 +29,38 @@ def step(title: str) -> Iterator[None]:
     say(f"    {title}: done in {time.monotonic() - start:.0f} s")
 
 
-def run(command: Sequence[str | Path], *, log: Path | None = None, input_text: str | None = None) -> str:
+def run(
+    command: Sequence[str | Path],
+    *,
+    log: Path | None = None,
+    input_text: str | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Run a command and return its standard output.
 
     :param log: file that receives the command's whole output, for long commands.
+    :param variables: what its environment has besides this process's own.
     :raises LabError: with the command's last lines, when it fails or can't be started.
     """
     arguments = [str(part) for part in command]
+    environment = {**os.environ, **(variables or {})}
     try:
         if log is None:
-            result = subprocess.run(arguments, input=input_text, capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                arguments, input=input_text, env=environment, capture_output=True, text=True, check=False
+            )
             output, tail = result.stdout, result.stderr or result.stdout
         else:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as stream:
                 result = subprocess.run(
-                    arguments, input=input_text, stdout=stream, stderr=subprocess.STDOUT, text=True, check=False
+                    arguments,
+                    input=input_text,
+                    env=environment,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    check=False,
                 )
             output = tail = log.read_text(errors="replace")
     except OSError as error:

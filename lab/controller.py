@@ -45,11 +45,12 @@ def ensure_environment(kind: str) -> None:
             if not succeeds([base, "-c", "import ensurepip"]):
                 engine.apt_install("python3-venv")
             run([base, "-m", "venv", VENV])
-        indexes = [argument for url in _extra_indexes() for argument in ("--extra-index-url", url)]
+        # Not as arguments, which everybody on this machine can read: an index's address may hold a password.
+        indexes = {"PIP_EXTRA_INDEX_URL": " ".join(_extra_indexes())}
         for lock in LOCKS[kind]:
             # Compiling everything costs more time than the few modules that are used ever will …
             install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--require-hashes", "-r", lock]
-            run([*install, "--disable-pip-version-check", *indexes])
+            run([*install, "--disable-pip-version-check"], variables=indexes)
         # … except Ansible's own, which each task would otherwise compile again where bytecode isn't written.
         packages = [next(VENV.glob(f"lib/python3*/site-packages/{name}")) for name in ("ansible", "jinja2", "yaml")]
         run([python, "-m", "compileall", "-q", "-j", "0", *packages])

@@ -128,6 +128,29 @@ def test_further_sources_of_the_controller_stand_in_for_the_cpu_index_of_pytorch
     assert controller.TORCH_INDEX not in controller.package_sources()["pip_extra_index_urls"]
 
 
+def test_the_password_of_an_index_is_not_for_everybody_to_read(monkeypatch, tmp_path):
+    indexes = ["https://me:secret@one.example/simple", "https://two.example/simple"]
+    package = tmp_path / "lib/python3.11/site-packages"
+    for name in ("ansible", "jinja2", "yaml"):
+        (package / name).mkdir(parents=True)
+    monkeypatch.setattr(controller, "VENV", tmp_path)
+    monkeypatch.setattr(controller, "_pip_settings", lambda: {"extra-index-url": " ".join(indexes)})
+    monkeypatch.setattr(controller, "succeeds", lambda command: True)
+    # What pip makes of it, without an installation.
+    settings = ["-c", "import os, sys; print(sys.argv, os.environ.get('PIP_EXTRA_INDEX_URL'))"]
+    said = []
+    monkeypatch.setattr(
+        controller,
+        "run",
+        lambda command, **more: said.append(run([sys.executable, *settings, *command[1:]], **more)),
+    )
+    controller.ensure_environment("controller")
+    [install] = [line for line in said if "'install'" in line]
+    arguments, _, given = install.strip().rpartition("] ")
+    assert "secret" not in arguments
+    assert given.split() == indexes
+
+
 def test_every_variable_of_the_makefile_reaches_the_machine(monkeypatch):
     head = (PROJECT / "Makefile").read_text().partition("SHELL")[0]
     variables = set(re.findall(r"LAB_[A-Z_]+(?!=)\b", head))
