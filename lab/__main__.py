@@ -163,6 +163,12 @@ def _lab_name(text: str) -> str:
     return text
 
 
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number from 0 to 65535")
+    return int(text)
+
+
 def _machine_from(arguments: argparse.Namespace) -> machine.Machine:
     return machine.Machine(
         name=arguments.name,
@@ -202,10 +208,10 @@ def _parser() -> argparse.ArgumentParser:
             ("suite", "Debian release: " + ", ".join(image.SUITES), str),
             ("mirror", "Debian mirror for images that no registry brings", str),
             ("grafana_repository", "Grafana's apt repository", str),
-            ("ssh_port", "port on 127.0.0.1 for SSH; 0 = any free one", int),
-            ("edge_port", "port on 127.0.0.1 for nginx; 0 = any free one", int),
-            ("prometheus_port", "port on 127.0.0.1 for the tunnel to Prometheus", int),
-            ("grafana_port", "port on 127.0.0.1 for the tunnel to Grafana", int),
+            ("ssh_port", "port on 127.0.0.1 for SSH; 0 = any free one", _port),
+            ("edge_port", "port on 127.0.0.1 for nginx; 0 = any free one", _port),
+            ("prometheus_port", "port on 127.0.0.1 for the tunnel to Prometheus", _port),
+            ("grafana_port", "port on 127.0.0.1 for the tunnel to Grafana", _port),
         ):
             variable = "LAB_DEBIAN_MIRROR" if field == "mirror" else f"LAB_{field.upper()}"
             default = os.environ.get(variable) or ports.get(field, getattr(defaults, field))

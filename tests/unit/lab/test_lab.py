@@ -176,6 +176,19 @@ def test_the_name_is_checked_wherever_it_is_taken():
             _parser().parse_args([command, "--name=.."])
 
 
+@pytest.mark.parametrize("port", ["65536", "-1", "http", ""])
+def test_a_port_that_there_isnt_is_refused(monkeypatch, capsys, port):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["up", f"--edge-port={port}"])
+    assert f"argument --edge-port: '{port}' must be a whole number from 0 to 65535" in capsys.readouterr().err
+
+
+def test_a_port_of_the_environment_is_checked_too(monkeypatch):
+    monkeypatch.setenv("LAB_PROMETHEUS_PORT", "99999")
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["up"])
+
+
 @pytest.mark.parametrize(
     ("remote", "ended", "status"),
     [
