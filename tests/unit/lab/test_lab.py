@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lab import __main__ as lab_command
 from lab import controller, engine, image, machine, programs
@@ -268,6 +269,12 @@ def unfinished(monkeypatch, tmp_path):
 def test_a_boot_that_was_interrupted_is_begun_anew(unfinished, tmp_path):
     assert unfinished(PROJECT).there == {"container"}
     assert (tmp_path / "half/id_ed25519").exists()
+
+
+def test_a_boot_may_wait_for_a_colour_that_is_unwell():
+    defaults = yaml.safe_load((PROJECT / "roles/rollout/defaults/main.yml").read_text())
+    # As TimeoutStartSec of appliance-verify.service has it; it starts a little after systemd.
+    assert defaults["rollout_ready_timeout_seconds"] + 60 + 20 <= machine.BOOT_SECONDS
 
 
 def test_what_another_checkout_left_unfinished_stays(unfinished):
