@@ -81,6 +81,18 @@ def test_an_alert_has_its_page(name):
     assert f"({runbook(name).name})" in (RUNBOOKS / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_looks_at_both_colours_for_what_the_service_logs(name):
+    """What a command looks for in vain seems to say that nothing is wrong."""
+    text = runbook(name).read_text(encoding="utf-8")
+    followed = {tuple(re.findall(r"-u model@(\w+)", line)) for line in text.splitlines() if "journalctl" in line}
+    assert followed <= {(), ("blue", "green")}
+    sources = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "service/model_server").glob("*.py"))
+    logged = set(re.findall(r'\.(?:info|warning|error|failure)\(\s*"(\w+)"', sources))
+    for events in re.findall(r'"event":"\(?([a-z_|]+)', text):
+        assert set(events.split("|")) <= logged
+
+
 def test_no_page_is_left_over():
     assert {path.name for path in RUNBOOKS.glob("*.md")} - {"README.md"} == {runbook(name).name for name in NAMES}
 
