@@ -1,0 +1,69 @@
+"""The role of the model's image and unit: what it hands to a colour, what it leaves behind, and what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+from model_server.config import Config, ConfigError
+
+PROJECT = Path(__file__).resolve().parents[2]
+ROLE = PROJECT / "roles/model"
+ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
+
+
+def rendered(name, **settings):
+    """One of the role's templates, as Ansible renders it with its defaults."""
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters["bool"] = bool
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    template = environment.from_string((ROLE / "templates" / name).read_text())
+    return template.render(**defaults | {"model_account": {}} | settings)
+
+
+def variables(**settings):
+    lines = rendered("model.env.j2", **settings).splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+
+
+def test_a_colour_has_every_setting_of_its_own():
+    on, off = variables(model_jobs_enabled=True), variables(model_jobs_enabled=False)
+    assert list(on) == list(off)
+    assert Config.from_environment(on).jobs.directory == Path("/jobs")
+    assert Config.from_environment(off).jobs is None
+
+
+def preflight(root, role, **settings):
+    """The output of Ansible, in one line."""
+    defaults = yaml.safe_load((PROJECT / f"roles/{role}/defaults/main.yml").read_text())
+    host = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    include = {"ansible.builtin.include_role": {"name": role, "tasks_from": "preflight.yml"}}
+    play = {"hosts": "all", "gather_facts": False, "vars": defaults | settings, "tasks": [include]}
+    (root / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": {"here": host}}}))
+    (root / "play.yml").write_text(yaml.safe_dump([play]))
+    answer = subprocess.run(
+        [ANSIBLE, "-i", root / "hosts.yml", root / "play.yml"],
+        env={
+            "PATH": f"{ANSIBLE.parent}:/usr/bin:/bin",
+            "HOME": str(root),
+            "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+            "LC_ALL": "C.UTF-8",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return " ".join((answer.stdout + answer.stderr).split())
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(0, False), (1, True), (10_000, True), (10_001, False)])
+def test_the_role_takes_the_limit_of_jobs_that_the_service_takes(tmp_path, limit, taken):
+    refused = f"model_jobs_limit is {limit}; it must be a whole number from 1 to 10000."
+    assert (refused not in preflight(tmp_path, "model", model_jobs_limit=limit)) == taken
+    try:
+        Config.from_environment(variables(model_jobs_limit=limit))
+        assert taken
+    except ConfigError:
+        assert not taken
