@@ -12,6 +12,10 @@ from model_server.config import Config, ConfigError
 PROJECT = Path(__file__).resolve().parents[2]
 ROLE = PROJECT / "roles/model"
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
+DOCKER = """#!/bin/sh
+echo "$@" >>{calls}
+[ "$1" != {failing} ]
+"""
 
 
 def rendered(name, **settings):
@@ -33,6 +37,27 @@ def test_a_colour_has_every_setting_of_its_own():
     assert list(on) == list(off)
     assert Config.from_environment(on).jobs.directory == Path("/jobs")
     assert Config.from_environment(off).jobs is None
+
+
+@pytest.mark.parametrize("failing", ["nothing", "build", "import", "image"])
+def test_no_build_leaves_a_password_behind(tmp_path, failing):
+    context, calls, docker = tmp_path / "context", tmp_path / "calls", tmp_path / "bin/docker"
+    context.mkdir()
+    (context / "pip.conf").touch()
+    docker.parent.mkdir()
+    docker.write_text(DOCKER.format(calls=calls, failing=failing))
+    docker.chmod(0o755)
+    (docker.parent / "mmdebstrap").symlink_to("/bin/true")
+    given = {"CONTEXT": str(context), "BASE_IMAGE": "", "BASE_MIRROR": "http://mirror", "IMAGE": "model"}
+    answer = subprocess.run(
+        ["bash", "-c", rendered("build-image.j2")], env={"PATH": f"{docker.parent}:/usr/bin:/bin"} | given, check=False
+    )
+    assert (answer.returncode == 0) == (failing == "nothing")
+    assert not context.exists()
+    said = calls.read_text().splitlines()
+    assert said[-1] == "image prune --force --filter label=appliance.stage=build"
+    # What keeps an image from being pruned.
+    assert all("--force-rm" in call for call in said if call.startswith("build "))
 
 
 def preflight(root, role, **settings):
