@@ -83,6 +83,17 @@ def preflight(root, role, **settings):
     return " ".join((answer.stdout + answer.stderr).split())
 
 
+@pytest.mark.parametrize(
+    ("role", "setting"), [("base", "base_extra_ca_files"), ("model", "model_build_extra_ca_files")]
+)
+def test_authorities_that_would_replace_each_other_are_refused(tmp_path, role, setting):
+    said = preflight(tmp_path, role, **{setting: ["/one/proxy.pem", "/two/proxy.crt"]})
+    assert f"Files of {setting} would replace each other" in said
+    assert "/one/proxy.pem, /two/proxy.crt. Rename one of them." in said
+    said = preflight(tmp_path, role, **{setting: ["/one/proxy.pem", "/one/proxy.pem", "/two/other.pem"]})
+    assert "replace each other" not in said and "Check that each certificate authority has a name of its own" in said
+
+
 @pytest.mark.parametrize(("limit", "taken"), [(0, False), (1, True), (10_000, True), (10_001, False)])
 def test_the_role_takes_the_limit_of_jobs_that_the_service_takes(tmp_path, limit, taken):
     refused = f"model_jobs_limit is {limit}; it must be a whole number from 1 to 10000."
