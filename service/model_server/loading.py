@@ -1,5 +1,6 @@
 """Loading models: code, weights, warm-up, self-test."""
 
+import contextlib
 import gc
 import json
 import os
@@ -22,6 +23,10 @@ from model_server.model import Model  # noqa: E402
 
 # Before anything touches weights: a fork after a parallel region of OpenMP hangs in the child for ever.
 torch.set_num_threads(1)
+
+# Rows of the examples that are compared in a batch, and what rounding may change there: a part of the largest number.
+_COMPARED_ROWS = 16
+_ROUNDING = 1e-3
 
 
 def load(bundle: Bundle) -> Models:
@@ -102,6 +107,7 @@ def _load(bundle: Bundle) -> Model:
         model = _faster(model, requests)
     _warm_up(model, requests)
     _self_test(model, requests)
+    _test_together(model, requests)
     return model
 
 
@@ -118,7 +124,13 @@ def _faster(model: Model, requests: list[payload.Rows]) -> Model:
         batches = [model.batch([model.prepare(rows.values)]) for rows in requests]
     except Exception as error:
         raise BundleError(f"{bundle.label}: {EXAMPLES}: preparing the examples: {modules.summary(error)}") from error
-    return Model(speed.faster(model.module, bundle, batches), bundle)
+    full = None
+    # Rows that don't go together are tried one by one when they are served.
+    with contextlib.suppress(Exception):
+        # Those of one request go together even where requests don't.
+        rows, count = _compared(requests, max(model.max_batch_rows, min(bundle.max_rows, _COMPARED_ROWS)))
+        full = model.batch([model.prepare([row] * count) for row, _ in rows])
+    return Model(speed.faster(model.module, bundle, batches, full), bundle)
 
 
 def _threads() -> int:
@@ -169,6 +181,55 @@ def _self_test(model: Model, requests: list[payload.Rows]) -> None:
             raise BundleError(f"{bundle.label}: {EXAMPLES}: example {index}: {error}") from error
         if not payload.same(example.response, got, example.tolerance):
             raise BundleError(_mismatch(bundle, index, example, got))
+
+
+def _compared(requests: list[payload.Rows], most: int) -> tuple[list[tuple[Any, int]], int]:
+    """Rows of the examples, each with its example's number, and how often each fits into a batch of ``most`` rows."""
+    rows = [(row, index) for index, request in enumerate(requests) for row in request.values]
+    rows = rows[: min(most, _COMPARED_ROWS)]
+    return rows, most // len(rows)
+
+
+def _test_together(model: Model, requests: list[payload.Rows]) -> None:
+    """Whether rows get in a batch what they get alone, since nobody chooses whom a request is run with."""
+    bundle = model.bundle
+    if model.max_batch_rows == 1:
+        return
+    rows, count = _compared(requests, model.max_batch_rows)
+    # A classifier's classes may change places for next to nothing; its scores don't.
+    wants_tensor = bundle.output.kind != "json"
+    try:
+        together = model.predict([model.prepare([row] * count) for row, _ in rows], wants_tensor)
+        alone = [model.predict([model.prepare([row])], wants_tensor)[0] for row, _ in rows]
+    except (ModelFailed, payload.BadRequest, payload.NotFinite):
+        # Rows that don't go together are tried one by one when they are served.
+        return
+    for (_, index), wanted, got in zip(rows, alone, together, strict=True):
+        # Either may be as far from the original as the variant may.
+        tolerance = bundle.examples[index].tolerance + 2 * bundle.speed.tolerance * bool(bundle.speed.options)
+        if not _agree(wanted, got, tolerance):
+            raise BundleError(
+                f"{bundle.label}: {EXAMPLES}: a row of example {index} isn't answered in a batch of "
+                f"{count * len(rows)} rows as it is alone: the model's answers depend on their neighbours in a batch, "
+                "and only batching: {max_batch_rows: 1} in the manifest keeps requests apart"
+            )
+
+
+def _agree(alone: Any, together: Any, tolerance: float) -> bool:
+    """Whether every row of ``together`` is the only one of ``alone``, which are tensors or lists of JSON values."""
+    if isinstance(alone, torch.Tensor):
+        largest = alone.abs().nan_to_num(nan=0.0, posinf=0.0).max().item() if alone.is_floating_point() else 0.0
+        return speed.deviation(alone.expand_as(together), together) <= tolerance + _ROUNDING * largest
+    [wanted], values = (json.loads(payload.to_json(rows)) for rows in (alone, together))
+    tolerance += _ROUNDING * _largest(wanted)
+    return all(payload.same(wanted, value, tolerance) for value in values)
+
+
+def _largest(value: Any) -> float:
+    """The largest of the numbers in a JSON value that may be rounded."""
+    if isinstance(value, list | dict):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0.0)
+    return abs(value) if isinstance(value, float) else 0.0
 
 
 def _mismatch(bundle: Bundle, index: int, example: Example, answer: Any) -> str:

@@ -6,6 +6,7 @@ network, ``quantize`` 5.7 times on one of large linear layers. ``bfloat16`` is f
 others it is far slower than the original.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ import torch
 from model_server.bundle import Bundle, BundleError
 
 
-def faster(module: torch.nn.Module, bundle: Bundle, batches: Sequence[Any]) -> torch.nn.Module:
+def faster(module: torch.nn.Module, bundle: Bundle, batches: Sequence[Any], full: Any) -> torch.nn.Module:
     """The variant of ``module`` that the bundle's ``speed`` asks for, with the same pre- and postprocessing.
 
-    ``batches`` are what the module gets of the examples: tensors of shape [rows, …]. Raises BundleError where the
-    variant can't be made, or where an output differs by more than ``speed.tolerance`` from the original's.
+    ``batches`` are what the module gets of the examples: tensors of shape [rows, …]; ``full`` is what it gets of a full
+    batch of their rows, or None. Raises BundleError where the variant can't be made, or where an output differs by
+    more than ``speed.tolerance`` from the original's.
     """
     if not all(isinstance(batch, torch.Tensor) for batch in batches):
         raise _refused(bundle, "the model must take one tensor; its preprocess makes something else")
@@ -39,13 +41,19 @@ def faster(module: torch.nn.Module, bundle: Bundle, batches: Sequence[Any]) -> t
             warnings.simplefilter("ignore")
             variant = _Variant(module, bundle, max(batches, key=len), wanted[0].dtype)
             got = [variant(batch) for batch in batches]
+            # A trace of single rows may know of one row only, and answer for more without an error.
+            if (output := _of_full(module, full)) is not None:
+                wanted.append(output)
+                got.append(variant(full))
     except Exception as error:
         raise _refused(bundle, f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]) from error
-    deviation = max(_deviation(left, right) for left, right in zip(wanted, got, strict=True))
-    if not deviation <= bundle.speed.tolerance:
+    deviations = [deviation(left, right) for left, right in zip(wanted, got, strict=True)]
+    worst = max(deviations)
+    if not worst <= bundle.speed.tolerance:
+        where = "" if max(deviations[: len(batches)]) == worst else f" in a batch of {len(full)}"
         raise _refused(
             bundle,
-            f"outputs on the examples deviate by up to {deviation:.3g} from the original model's; speed.tolerance "
+            f"outputs on the examples{where} deviate by up to {worst:.3g} from the original model's; speed.tolerance "
             f"allows {bundle.speed.tolerance:g}. Raise it if you can live with that, or leave the option out",
         )
     return variant
@@ -86,7 +94,16 @@ def _traced(module: torch.nn.Module, batch: torch.Tensor) -> torch.nn.Module:
     return torch.jit.optimize_for_inference(torch.jit.freeze(module.eval()))
 
 
-def _deviation(wanted: torch.Tensor, got: Any) -> float:
+def _of_full(module: torch.nn.Module, full: Any) -> torch.Tensor | None:
+    # Rows that don't go together are tried one by one when they are served.
+    with contextlib.suppress(Exception):
+        if isinstance(full, torch.Tensor) and isinstance(output := module(full), torch.Tensor):
+            return output
+    return None
+
+
+def deviation(wanted: torch.Tensor, got: Any) -> float:
+    """How far apart two tensors are at most; infinitely where they differ in shape or type."""
     if not isinstance(got, torch.Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
         return float("inf")
     # Equal infinities have no difference, and a NaN is as far away as can be.

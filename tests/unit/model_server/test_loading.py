@@ -1,9 +1,11 @@
 """The forms that a model may come in: weights in each format, code alone, several in one bundle."""
 
+import base64
 import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +187,68 @@ def test_model_imports_files_of_its_own_bundle(bundle_dir, edit):
     # Also when the file is imported only now, in a worker.
     loading.probe(models)
     assert not list(bundle_dir.rglob("__pycache__"))
+
+
+MIXES = "return self.layers(rows)", "return self.layers(rows).softmax(0)"
+POSTPROCESS = (
+    "return self.layers(rows)",
+    """return self.layers(rows)
+
+    def postprocess(self, output):
+        return [{"score": value, "rows": 1} for value in output.flatten().tolist()]""",
+)
+
+
+def one_row(directory: Path, output: Any, tolerance: float = 1e-4) -> None:
+    example = {"request": {"data": [0.2, 0.6]}, "response": {"output": output}, "tolerance": tolerance}
+    (directory / "examples.json").write_text(json.dumps({"examples": [example]}))
+
+
+def test_answers_that_depend_on_their_neighbours(bundle_dir, edit, manifest):
+    edit("model.py", *MIXES)
+    one_row(bundle_dir, 1.0)
+    rejected(
+        manifest(), "example 0", "in a batch of 64 rows", "depend on their neighbours", "batching: {max_batch_rows: 1}"
+    )
+    assert loading.load(read(manifest(batching={"max_rows": 64, "max_batch_rows": 1})))
+
+
+def test_answers_of_a_postprocess_that_depend_on_their_neighbours(bundle_dir, edit, manifest):
+    edit("model.py", *POSTPROCESS)
+    one_row(bundle_dir, {"score": 0.63179, "rows": 1})
+    assert loading.load(read(manifest(output={"kind": "json"})))
+    edit("model.py", '"rows": 1', '"rows": len(output)')
+    rejected(bundle_dir, "depend on their neighbours")
+
+
+def test_examples_whose_rows_do_not_go_together(bundle_dir, edit, manifest):
+    # They fail in a batch, and the executor then runs them one by one.
+    edit(
+        "model.py",
+        "def forward(",
+        """def preprocess(self, rows):
+        return torch.stack([torch.frombuffer(bytearray(row), dtype=torch.uint8) for row in rows])
+
+    def forward(""",
+    )
+    edit("model.py", "return self.layers(rows)", "return rows.float().mean(1, keepdim=True)")
+    examples = [
+        {"request": {"data": base64.b64encode(row).decode()}, "response": {"output": row[0]}, "tolerance": 0}
+        for row in (b"aaa", b"bb")
+    ]
+    (bundle_dir / "examples.json").write_text(json.dumps({"examples": examples}))
+    assert loading.load(read(manifest(input={"kind": "bytes"}, reference=None)))
+
+
+def test_rounding_in_a_batch_is_no_dependence(bundle_dir, edit, manifest):
+    # A sum in another order, of large numbers, with a tolerance that allows for nothing.
+    edit("model.py", *POSTPROCESS)
+    edit("model.py", "self.layers(rows)", "(rows * 0 + 1e6 + (0.25 if len(rows) > 1 else 0))[:, :1]")
+    one_row(bundle_dir, {"score": 1e6, "rows": 1}, 0)
+    assert loading.load(read(manifest(output={"kind": "json"})))
+    one_row(bundle_dir, {"score": 1e6, "rows": 1}, 0)
+    edit("model.py", "0.25", "2e4")
+    rejected(bundle_dir, "depend on their neighbours")
 
 
 @pytest.fixture

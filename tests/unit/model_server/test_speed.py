@@ -107,6 +107,27 @@ def test_trace_that_goes_wrong(network):
         loading.load(network(code, torchscript=True))
 
 
+LOOP = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, rows):
+        out = torch.zeros(len(rows), 4)
+        for i in range(len(rows)):
+            out[i] = rows[i].sum()
+        return out
+"""
+
+
+def test_trace_of_single_rows_that_is_wrong_in_batches(network, tmp_path):
+    network(LOOP, torchscript=True)
+    path = tmp_path / "examples.json"
+    path.write_text(json.dumps({"examples": json.loads(path.read_text())["examples"][:1]}))
+    write_sums(tmp_path)
+    with pytest.raises(BundleError, match=r"speed \(torchscript: true\): outputs on the examples in a batch of 4 dev"):
+        loading.load(read(tmp_path))
+
+
 def test_channels_last_of_what_is_no_image(edit):
     directory = edit("manifest.yaml", "batching:", "speed: {channels_last: true}\nbatching:")
     with pytest.raises(BundleError, match=r"channels_last is for batches of shape .*not \[1, 2\]"):
