@@ -165,12 +165,12 @@ DASHBOARD = Dashboard(
                 ),
                 timeseries(
                     "Edge and service side by side",
-                    "POST requests per second by the logs of nginx and by the model service. Where the edge has more, "
-                    "answers or lines of the log are lost. The service has more while requests are copied to both "
-                    "colours.",
+                    "POST and PUT requests per second by the logs of nginx and by the model service. Where the edge "
+                    "has more, answers or lines of the log are lost. The service has more while requests are copied to "
+                    "both colours.",
                     "reqps",
-                    Query(rate("edge_requests_total", 'method="POST", colour!="none"'), "edge"),
-                    Query(rate("http_requests_total", 'job="model", method="POST"'), "service"),
+                    Query(rate("edge_requests_total", 'method=~"POST|PUT", colour!="none"'), "edge"),
+                    Query(rate("http_requests_total", 'job="model", method=~"POST|PUT"'), "service"),
                 ),
             ],
         ),
