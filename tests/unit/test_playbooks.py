@@ -34,6 +34,7 @@ def test_a_playbook_explains_the_variables_that_it_takes(playbook):
         ("swap", ["too=green"], "Unknown variable(s) too: this playbook knows to, strategy"),
         ("swap", ["to=green", "rollout_bake_seconds=1"], "Unknown variable(s) rollout_bake_seconds: "),
         ("swap", ["to=green"], "The host has no working rollout engine"),
+        ("status", [], "The host has no working rollout engine"),
         ("status", ["@variables.yml"], "Unknown variable(s) status_jason_file: "),
         ("deploy", ["bundel=x", "rollout_bake_seconds=1"], "Unknown variable(s) bundel: "),
         ("deploy", ["bundle=nowhere", "rollout_bake_seconds=1", "appliance_workers=1"], "nowhere doesn't exist"),
