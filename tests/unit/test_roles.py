@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from model_server.config import Config
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path for path in (PROJECT / "roles").iterdir() if path.is_dir())
@@ -78,3 +79,11 @@ def test_the_check_for_misspelt_variables_covers_every_role():
 def test_the_site_runs_every_role():
     play = load(PROJECT / "playbooks/site.yml")[0]
     assert sorted(entry["role"] for entry in play["roles"]) == [role.name for role in ROLES]
+
+
+def test_a_colour_that_the_service_does_not_know_is_refused():
+    specs = [option for role in ROLES for name, option in spec(role).items() if name == f"{role.name}_colours"]
+    assert len(specs) == 4
+    for option in specs:
+        assert option.get("choices", []) == ["blue", "green"]
+        assert all(Config.from_environment({"MODEL_COLOUR": colour}) for colour in option["choices"])
