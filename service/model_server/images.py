@@ -25,9 +25,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DEFAULT_MAX_PIXELS = 25_000_000
 # Of one image, and of all images of a request. Pillow itself refuses or complains above this.
 MOST_PIXELS = 80_000_000
+# Of a JPEG. Progressive ones have about ten; each goes over all pixels and may take no more than 42 bytes of the file.
+_MOST_SCANS = 100
 
 _ACCEPTED = "an image: JPEG, PNG, WebP, GIF or BMP"
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,")
+# Two bytes alone also turn up by chance in what cameras attach. The length must fit the number of components.
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 _ORIENTATION = 0x0112
 # By the value of the EXIF tag; 1 is upright.
 _TURNS = {
@@ -184,6 +188,8 @@ def _opened(data: bytes, where: str, max_pixels: int) -> Image.Image:
         raise BadRequest(f"{where} isn't {_ACCEPTED}") from None
     if image.width * image.height > max_pixels:
         raise BadRequest(f"{where} has more than {max_pixels} pixels")
+    if data.startswith(b"\xff\xd8") and len(_SCAN.findall(data)) > _MOST_SCANS:
+        raise BadRequest(f"{where} has more than {_MOST_SCANS} scans")
     return image
 
 

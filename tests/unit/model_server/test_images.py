@@ -219,6 +219,18 @@ def test_decompression_bomb(kind, side):
     assert refusal(_claiming(kind, side, side)) == "the image has more than 25000000 pixels"
 
 
+def test_limit_of_scans():
+    file = encoded(noise(32, 20), "JPEG", progressive=True)
+    start = file.rindex(b"\xff\xda")
+    # Its last scan over and over: each goes over the whole image again.
+    many = file[:-2] + file[start:-2] * 100 + file[-2:]
+    assert refusal(many) == "the image has more than 100 scans"
+    with pytest.raises(BadRequest, match=r"^the image has more than 100 scans$"):
+        images.read_rgb(bytearray(many))
+    # What a camera attaches to a picture may hold anything.
+    means(file[:-2] + file[start:-2] * 50 + file[-2:] + b"\xff\xda\x12" * 1000)
+
+
 def test_limit_of_pixels():
     spec = ImageSpec(4, 4, 1, (0.5,), (0.5,), max_pixels=600)
     assert len(spec.prepare([encoded(noise(30, 20))])) == 1
