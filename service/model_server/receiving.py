@@ -31,10 +31,13 @@ class Room:
         """Bytes in use."""
         return self._taken
 
-    def take(self, size: int) -> bool:
-        """Whether there is room for ``size`` bytes, which are then taken. One body alone may be of any size."""
+    def take(self, size: int, held: int = 0) -> bool:
+        """Whether there is room for ``size`` bytes, which are then taken, beside ``held`` that the body has already.
+
+        One body alone may be of any size.
+        """
         with self._lock:
-            if self._taken and self._taken + size > self._most:
+            if self._taken > held and self._taken + size > self._most:
                 return False
             self._taken += size
             return True
@@ -58,7 +61,7 @@ class Parser(HTTPRequestParser):
         super().parse_header(header_plus)
         # What is too large even to be read to its end needs no room.
         if self.body_rcv is not None and self.content_length < self.adj.max_request_body_size:
-            self._body = self.body_rcv.buf = _Body(self._room, self.content_length)
+            self._body = self.body_rcv.buf = _Body(self._room)
 
     def received(self, data: bytes) -> int:
         """Called by waitress with what came; how many bytes of it were this request's."""
@@ -73,32 +76,29 @@ class Parser(HTTPRequestParser):
 
 
 class _Body:
-    """waitress's buffer for a body. ``announced`` are the bytes that are to come, 0 where that isn't known.
+    """waitress's buffer for a body, which takes room as it grows: what is only announced costs no memory.
 
     All of a refused body is read, and forgotten: many a client looks for an answer only when it has sent everything.
     """
 
-    def __init__(self, room: Room, announced: int) -> None:
+    def __init__(self, room: Room) -> None:
         self._room = room
-        self._announced = announced
         self._file = io.BytesIO()
         self._taken = 0
-        self.refused = not self._take(announced)
-
-    def _take(self, size: int) -> bool:
-        if not self._room.take(size):
-            return False
-        self._taken += size
-        return True
+        self.refused = False
 
     def append(self, data: bytes) -> None:
         """Called by waitress."""
-        # Without an announcement room is taken as the body grows.
-        if not self.refused and not self._announced and not self._take(len(data)):
-            self.refused = True
-            self._file.truncate(0)
-        if not self.refused:
+        if self.refused:
+            return
+        if self._room.take(len(data), self._taken):
+            self._taken += len(data)
             self._file.write(data)
+            return
+        self.refused = True
+        self._file.truncate(0)
+        # At once, so that others which grow meanwhile aren't refused, too.
+        self._give_back()
 
     def __len__(self) -> int:
         return self._file.getbuffer().nbytes
@@ -111,5 +111,8 @@ class _Body:
     def close(self) -> None:
         """Called by waitress when the request is over; once is enough."""
         self._file.close()
+        self._give_back()
+
+    def _give_back(self) -> None:
         self._room.give_back(self._taken)
         self._taken = 0

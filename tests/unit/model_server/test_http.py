@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 from bundle_making import SHIPPED
+from model_server import receiving
 from service_process import SECONDS, Service, in_background, load, running, slow
+from waitress.adjustments import Adjustments
 
 BODY = b'{"data": [0.2, 0.6]}'
 LIMIT = 100_000
@@ -233,9 +235,18 @@ def test_bodies_that_would_fill_the_memory_are_refused(short_dir):
     announced = post(large)[:-size]
     with running(short_dir, SHIPPED / "1.0.0", MODEL_WORKERS=1, MODEL_PORT=port) as service:
         service.wait_ready()
-        holders = [connect(port) for _ in range(8)]
+        holders = [connect(port) for _ in range(20)]
         for holder in holders:
             holder.sendall(announced + large[:100])
+        # What is announced takes no room yet.
+        assert ask(port, large)[0] == 200
+        for holder in holders[8:]:
+            holder.close()
+        for holder in holders[:8]:
+            holder.sendall(large[100:-100])
+        # Each takes a turn of the loop or more, in which the server reads on.
+        for _ in range(200):
+            ask(port)
         service.wait_for(lambda: ask(port, large)[0] == 503, "without room")
         status, headers, body = ask(port, large)
         assert (status, headers["retry-after"]) == (503, "1") and "try again" in json.loads(body)["error"]
@@ -257,15 +268,49 @@ def test_bodies_that_would_fill_the_memory_are_refused(short_dir):
             client.sendall(post(BODY))
             assert read_answer(stream)[0] == 200
         # Those who came first lose nothing, and whoever leaves makes room.
-        holders[0].sendall(large[100:])
+        holders[0].sendall(large[-100:])
         assert read_answer(holders[0].makefile("rb"))[0] == 200
         holders[1].close()
         service.wait_for(lambda: ask(port, large)[0] == 200, "with room again")
-        for holder in holders[2:]:
-            holder.sendall(large[100:])
+        for holder in holders[2:8]:
+            holder.sendall(large[-100:])
             assert read_answer(holder.makefile("rb"))[0] == 200
         for _ in range(20):
             assert ask(port, large)[0] == 200
+
+
+def test_room_is_taken_as_bodies_grow():
+    room = receiving.Room(100)
+    adjustments = Adjustments(max_request_body_size=1000)
+
+    def begun(announced: int) -> receiving.Parser:
+        parser = receiving.Parser(room, adjustments)
+        parser.received(f"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {announced}\r\n\r\n".encode())
+        return parser
+
+    alone = begun(500)
+    for _ in range(4):
+        alone.received(b"x" * 100)
+    small = begun(10)
+    small.received(b"x" * 10)
+    assert isinstance(small.error, receiving.Overloaded)
+    # Of any size, and however many look on.
+    alone.received(b"x" * 100)
+    assert alone.completed and alone.error is None and len(alone.body()) == 500
+    alone.close()
+    one, other = begun(60), begun(60)
+    for parser in (one, other):
+        parser.received(b"x" * 50)
+    other.received(b"x" * 5)
+    assert room.taken == 50
+    # The one that was refused has made room for the other, and is read to its end.
+    one.received(b"x" * 10)
+    other.received(b"x" * 5)
+    assert one.completed and one.error is None
+    assert other.completed and isinstance(other.error, receiving.Overloaded)
+    for parser in (one, other, small):
+        parser.close()
+    assert room.taken == 0
 
 
 def test_one_request_of_the_queue_gives_up_another_is_too_late(short_dir, bundle_dir):
