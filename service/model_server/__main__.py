@@ -44,6 +44,10 @@ def main() -> int:
     except BundleError as error:
         _reject(config, log, error)
         return _REJECTED
+    except OSError as error:
+        # In full: it's about this machine, and quotes no client.
+        log.error("failed", f"the service ended unexpectedly: {error}", error)
+        return 1
     except Exception as error:
         log.error("failed", "the service ended unexpectedly", error)
         return 1

@@ -1,5 +1,6 @@
 """Reading and verifying a bundle, up to the point where PyTorch is needed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -33,6 +34,8 @@ _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}")
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _LONGEST_MESSAGE = 2000
 _LONGEST_SIDE = 8192
+# What the machine is short of or stumbles over, whatever the bundle: another start may find it better.
+_PASSING = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -130,7 +133,10 @@ class Bundle:
 
 
 def read(directory: Path) -> Bundle:
-    """Read the bundle in ``directory`` and verify everything that needs no PyTorch. Raises BundleError."""
+    """Read the bundle in ``directory`` and verify everything that needs no PyTorch.
+
+    Raises BundleError; OSError or MemoryError where the machine is at fault and another try may succeed.
+    """
     return _explained(directory, _read_verified)
 
 
@@ -150,7 +156,11 @@ def _explained(directory: Path, reading: Callable[[Path, bytes], Bundle]) -> Bun
         return reading(directory, manifest_bytes)
     except _Problem as problem:
         raise BundleError(f"{label}: {problem}"[:_LONGEST_MESSAGE]) from None
+    except MemoryError:
+        raise
     except OSError as error:
+        if error.errno in _PASSING:
+            raise
         raise BundleError(f"{label}: {error.filename or 'a file'} can't be read: {error.strerror}") from None
     # Whatever else a file can hold that trips the code above: the bundle is at fault, and another start won't help.
     except Exception as error:
@@ -220,7 +230,8 @@ def _verify_checksums(directory: Path) -> str:
 def _files(directory: Path) -> set[str]:
     """Every file below ``directory``, relative to it; anything but files and directories is an error."""
     found = set()
-    for folder, subfolders, names in os.walk(directory):
+    # What can't be listed would otherwise count as empty.
+    for folder, subfolders, names in os.walk(directory, onerror=_raise):
         for name in (*subfolders, *names):
             path = Path(folder, name)
             relative = path.relative_to(directory).as_posix()
@@ -230,6 +241,10 @@ def _files(directory: Path) -> set[str]:
             elif not stat.S_ISDIR(mode):
                 raise _Problem(f"{relative} is a link or a special file; a bundle holds ordinary files only")
     return found
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _inner_path(text: str, where: str) -> str:
@@ -242,7 +257,7 @@ def _inner_path(text: str, where: str) -> str:
 def _parse(directory: Path, digest: str, manifest: bytes, examples: tuple[Example, ...]) -> Bundle:
     try:
         document = yaml.load(manifest, _Loader)
-    except _Problem:
+    except (_Problem, MemoryError):
         raise
     except Exception as error:
         raise _Problem(f"{MANIFEST} is not YAML: {' '.join(str(error).split())}") from None

@@ -1,6 +1,11 @@
 """What a bundle may get wrong, and that the message says what it was."""
 
+import errno
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +48,52 @@ def test_changed_file(bundle_dir):
 def test_missing_file(bundle_dir, name):
     (bundle_dir / name).unlink()
     rejected(bundle_dir, name, "missing")
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(Path, "read_bytes"), (hashlib, "file_digest"), (os, "scandir")], ids=["read", "hash", "list"]
+)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ELOOP])
+def test_what_the_machine_is_short_of_is_no_fault_of_the_bundle(monkeypatch, place, name, number):
+    monkeypatch.setattr(place, name, failing(OSError(number, os.strerror(number), "a-file")))
+    at_fault = number in (errno.EACCES, errno.ELOOP)
+    with pytest.raises(BundleError if at_fault else OSError, match=os.strerror(number)):
+        read(SHIPPED / "1.0.0")
+
+
+@pytest.mark.parametrize("place", ["yaml.load", "json.loads", "hashlib.file_digest"])
+def test_a_lack_of_memory_is_no_fault_of_the_bundle(monkeypatch, place):
+    monkeypatch.setattr(f"model_server.bundle.{place}", failing(MemoryError()))
+    with pytest.raises(MemoryError):
+        read(SHIPPED / "1.0.0")
+
+
+@pytest.mark.parametrize("error", ["OSError(5, 'Input/output error', 'weights.pth')", "MemoryError()"])
+def test_what_may_pass_is_tried_again(short_dir, error):
+    # 78 would tell systemd that another start is useless.
+    program = f"""
+import model_server.__main__ as service
+def read(directory):
+    raise {error}
+service.read = read
+service.os._exit(service.main())
+"""
+    service = Path(__file__).resolve().parents[3] / "service"
+    environment = os.environ | {"MODEL_SOCKET_DIR": str(short_dir), "PYTHONPATH": str(service)}
+    command = [sys.executable, "-c", program]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1, answer.stderr
+    line = json.loads((answer.stdout + answer.stderr).splitlines()[-1])
+    assert line["event"] == "failed"
+    if "OSError" in error:
+        assert "Input/output error: 'weights.pth'" in line["message"]
 
 
 def test_unlisted_file(bundle_dir):
