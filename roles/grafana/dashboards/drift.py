@@ -222,11 +222,15 @@ DASHBOARD = Dashboard(
                 timeseries(
                     "Rows read",
                     "Rows of training data per second: good ones, and those that were malformed, didn't fit the "
-                    "model's features, or lacked values.",
+                    "model's features, or lacked values; expired are those that Kafka removed before they were read.",
                     "rowsps",
                     Query(
                         f"sum by (model, status) (rate(training_rows_total{{{MODEL}}}[$__rate_interval]))",
                         "{{model}} {{status}}",
+                    ),
+                    Query(
+                        f"sum by (model) (rate(training_rows_expired_total{{{MODEL}}}[$__rate_interval]))",
+                        "{{model}} expired",
                     ),
                 ),
                 timeseries(
