@@ -107,7 +107,7 @@ DASHBOARD = Dashboard(
                 ),
                 timeseries(
                     "Samples of a scrape",
-                    "How many series a target has. A model's are limited to 5000.",
+                    "How many series a target has. A colour's are limited to 10,000.",
                     "short",
                     Query("max by (job, colour) (scrape_samples_post_metric_relabeling)", "{{job}} {{colour}}"),
                 ),
