@@ -33,7 +33,8 @@ class Lane:
     """The calls that wait for one model. ``inline``: the loop runs it; else ``limit`` calls may wait.
 
     Those for the loop need no limit: it takes one request of each connection in a turn and leaves none waiting, so
-    there are never more than connections, whose number has its own limit.
+    there are never more than connections, whose number has its own limit. Where their bodies get to be too much, they
+    are run before the turn is over.
     """
 
     def __init__(self, model: Model, limit: int, metrics: ModelMetrics) -> None:
@@ -132,7 +133,9 @@ class Executor:
         self._some = threading.Condition()
         self._done: deque[tuple[Call, Reply | Exception]] = deque()
         self._started = False
+        # Of the calls that wait: for the thread, and for the loop.
         self._bytes = 0
+        self._inline_bytes = 0
 
     def show_load(self) -> None:
         """Have scrapes see how many calls are in progress and how many of them wait."""
@@ -150,6 +153,10 @@ class Executor:
         if lane.inline:
             lane.waiting.append(call)
             lane.in_progress += 1
+            self._inline_bytes += call.size
+            if self._inline_bytes > _MOST_WAITING_BYTES:
+                self.show_load()
+                self.run_inline()
             return
         with self._some:
             if self._is_full(lane, call):
@@ -167,6 +174,7 @@ class Executor:
 
     def run_inline(self) -> None:
         """Run what waits for quick models, to the end."""
+        self._inline_bytes = 0
         for lane in self._lanes.values():
             # What waits for a slow model is for the thread alone to take.
             if not lane.inline:

@@ -177,6 +177,21 @@ def test_bodies_that_wait_are_bounded_too(monkeypatch):
     harness.run_until(3)
 
 
+def test_bodies_that_wait_for_the_loop_are_run_before_they_are_too_much(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_WAITING_BYTES", 100)
+    harness = Harness(FakeModel())
+    for key in range(6):
+        harness.submit(key, [key], size=40)
+        assert len(harness.results) == (key + 1) // 3 * 3
+    harness.submit("large", [7], size=1000)
+    assert len(harness.results) == 7 and all(isinstance(result, Reply) for result in harness.results.values())
+    # Each turn begins anew.
+    harness.submit("turn", [8], size=90)
+    harness.executor.run_inline()
+    harness.submit("next", [9], size=90)
+    assert "turn" in harness.results and "next" not in harness.results
+
+
 def test_a_body_that_waits_alone_may_be_of_any_size(monkeypatch):
     monkeypatch.setattr(module, "_MOST_WAITING_BYTES", 100)
     harness = Harness(FakeModel(batch_seconds=1.0))
