@@ -61,7 +61,7 @@ class Config:
         config = cls(
             colour=colour,
             release=environ.get("MODEL_RELEASE") or "",
-            workers=_whole(environ, "MODEL_WORKERS", len(os.sched_getaffinity(0)), 1, 64),
+            workers=_whole(environ, "MODEL_WORKERS", min(64, len(os.sched_getaffinity(0))), 1, 64),
             bundle_dir=Path(environ.get("MODEL_BUNDLE_DIR") or "/bundle"),
             socket_dir=Path(environ.get("MODEL_SOCKET_DIR") or "/run/appliance"),
             max_body_bytes=_whole(environ, "MODEL_MAX_BODY_BYTES", 8_388_608, 1, 1 << 30),

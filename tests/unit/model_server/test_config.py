@@ -17,6 +17,11 @@ def test_defaults():
     assert (config.host, config.port, config.cors_origins) == ("127.0.0.1", None, ())
 
 
+def test_default_of_workers_on_a_large_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
+    assert Config.from_environment({}).workers == 64
+
+
 def test_origins_are_separated_by_commas_or_spaces():
     config = Config.from_environment({"MODEL_CORS_ORIGINS": "https://a.example, https://b.example"})
     assert config.cors_origins == ("https://a.example", "https://b.example")
