@@ -1,5 +1,6 @@
 """The roles hold to their habits: defaults and argument specs agree, names carry the role's prefix."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,21 @@ def test_the_check_for_misspelt_variables_covers_every_role():
 def test_the_site_runs_every_role():
     play = load(PROJECT / "playbooks/site.yml")[0]
     assert sorted(entry["role"] for entry in play["roles"]) == [role.name for role in ROLES]
+
+
+def test_a_probe_may_take_as_long_as_its_scrape_waits_and_no_longer():
+    """The exporter gives up half a second before Prometheus does, and a timeout is whole seconds."""
+    jobs = load(PROJECT / "inventory/wiring.yml")["prometheus_scrape_configs"]
+    interval, timeout = next(
+        [int(job[key].removesuffix("s")) for key in ("scrape_interval", "scrape_timeout")]
+        for job in jobs
+        if job["job_name"] == "probe"
+    )
+    assert timeout <= interval
+    text = (PROJECT / "roles/probes/tasks/preflight.yml").read_text()
+    allowed = re.search(r"probes_timeout is match\('(.*)'\)", text).group(1)
+    assert [seconds for seconds in range(60) if re.match(allowed, f"{seconds}s")] == list(range(1, timeout))
+    assert re.match(allowed, "500ms") and not re.match(allowed, "13.7s") and not re.match(allowed, "14000ms")
 
 
 def test_a_colour_that_the_service_does_not_know_is_refused():
