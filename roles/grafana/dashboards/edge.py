@@ -68,7 +68,7 @@ DASHBOARD = Dashboard(
                 ),
                 stat(
                     "Certificate ends",
-                    "When the first of the certificates expires that the edge shows. No value without TLS.",
+                    "When the first of the watched certificates (probes_certificates) expires. No value without any.",
                     "dateTimeFromNow",
                     Query("min(probe_ssl_earliest_cert_expiry) * 1000", "expires"),
                 ),
