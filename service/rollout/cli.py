@@ -386,7 +386,10 @@ def _swap(config: configuration.Config, rollouts: Rollouts, options: argparse.Na
     from rollout.follow import follow
 
     progress(begun.message)
-    return follow(config, None)
+    result = follow(config, None)
+    # However it ended, or whether anybody looked on: it has begun.
+    result.changed = True
+    return result
 
 
 def _drained(config: configuration.Config, engine: Engine, result: Result) -> Result:

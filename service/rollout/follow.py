@@ -17,6 +17,14 @@ _REPEAT_SECONDS = 10.0
 
 def follow(config: Config, seconds: float | None) -> Result:
     """Until the rollout has ended, or for `seconds`. Its last report is the message."""
+    try:
+        return _follow(config, seconds)
+    except KeyboardInterrupt:
+        advice = "'appliance follow' shows it again, 'appliance abort' sends everybody back"
+        return Result(f"not followed any more, and it goes on: {advice}", ok=False, exit_status=1)
+
+
+def _follow(config: Config, seconds: float | None) -> Result:
     until = None if seconds is None else time.monotonic() + seconds
     shown, shown_at = None, 0.0
     while True:

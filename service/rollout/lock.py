@@ -1,7 +1,8 @@
 """One changing command at a time. The kernel frees the lock when its holder dies, however it dies.
 
-So what is left to break is a lock whose holder lives and doesn't move: stopped, or stuck. While a command holds the
-lock, a thread of it renews the note in the lock file; a note that grows old tells such a holder from a busy one.
+So what is left to break is a lock whose holder lives and doesn't move. While a command holds the lock, a thread of it
+renews the note in the lock file; a note that grows old tells a holder that was stopped from a busy one. Whether one
+that lives is stuck, only a person can say, and end it by force.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def break_stale(path: Path, seconds: float = STALE_SECONDS, force: bool = False)
     silent = f"its last sign of life was at {note.beat}, {note.silent_seconds:.0f} s ago"
     if note.silent_seconds < seconds and not force:
         raise LockHeld(
-            f"{note.describe()}; {silent}: wait for it. It counts as stuck after {seconds:g} s; --force ends it now"
+            f"{note.describe()}; {silent}: wait for it. After {seconds:g} s without one it counts as stopped; where it "
+            f"hangs although it lives, --force ends it now"
         )
     how = _end(note)
     return f"{note.describe()}; {silent}: {how}, so the lock is free; 'appliance status' says how things are"

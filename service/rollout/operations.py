@@ -454,15 +454,31 @@ class Engine:
 
         present = plan.under_way(self.config.rollout_file, self.routing.read())
         named = {present.source_release, present.target_release} if present else set()
-        pruned = prune.prune(
-            self.config, self.releases, self.routing, self.config.keep_releases, {n for n in named if n}
-        )
+        pruned = prune.Pruned()
+        interrupted = None
+        try:
+            # Docker may take minutes, and for as long as they have the lock nobody could send traffic back.
+            prune.prune(
+                self.config,
+                self.releases,
+                self.routing,
+                self.config.keep_releases,
+                {n for n in named if n},
+                pruned,
+                images=present is None,
+            )
+        except Interrupted as signal:
+            interrupted = signal.signal_name
+            pruned.problems.append(f"interrupted by {interrupted}: run it again for the rest")
         problems = f"; {'; '.join(pruned.problems)}" if pruned.problems else ""
+        later = "" if present is None else "; images aren't looked at before the rollout has ended"
         removed = bool(pruned.releases or pruned.bundles or pruned.images)
         return Result(
-            pruned.describe() + problems,
+            pruned.describe() + later + problems,
+            ok=interrupted is None,
             changed=removed,
             outcome="done" if removed else "nothing",
+            exit_status=0 if interrupted is None else 1,
             details=asdict(pruned),
         )
 
@@ -642,7 +658,8 @@ class Engine:
         # neither verified nor undone.
         with self.interrupts.hold():
             try:
-                written, moment = self.routing.switch(wanted)
+                change = self.routing.switch_back if command == "rollback" else self.routing.switch
+                written, moment = change(wanted)
                 found = self.front_door.verify(
                     target, body, self.config.verify_requests, held, moment, self.interrupts.check
                 )

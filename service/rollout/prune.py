@@ -45,24 +45,27 @@ class Pruned:
         return f"removed {', '.join(parts)}" if parts else "nothing to remove"
 
 
-def prune(config: Config, releases: Releases, routing: Routing, keep: int, named: set[int]) -> Pruned:
+def prune(
+    config: Config, releases: Releases, routing: Routing, keep: int, named: set[int], pruned: Pruned, *, images: bool
+) -> None:
     """Remove the releases that aren't in use, in `named`, or among the last `keep`; then what none of the rest names.
+
+    What was removed stands in `pruned`, also where a signal ends it. Without `images` Docker isn't asked.
 
     Nor do the last `keep` go that were good enough for users, however many failed after them. In use are those that the
     colours hold and the one that a rollback returns to. The newest stays with `keep` 0 too: no number is given twice.
-    For the holder of the lock. Raises nothing foreseeable: faults become `problems`.
+    For the holder of the lock. Raises nothing else that is foreseeable: faults become `problems`.
     """
-    pruned = Pruned()
     try:
         _prune_releases(config, releases, _in_use(config, releases, routing) | named, max(keep, 1), pruned)
         left = [releases.get(number) for number in _numbers(releases)]
         _prune_bundles(config.bundles_dir, left, pruned)
-        _prune_images(left, pruned)
+        if images:
+            _prune_images(left, pruned)
     except ApplianceError as fault:
         pruned.problems.append(f"no more was removed: {fault.message}")
     except OSError as error:
         pruned.problems.append(f"no more was removed: {describe_os_error(error).message}")
-    return pruned
 
 
 def _in_use(config: Config, releases: Releases, routing: Routing) -> set[int | None]:

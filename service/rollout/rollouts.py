@@ -388,6 +388,9 @@ class Rollouts:
                 return Result(f"would send everybody back to {found[0].source}", details={"would_change": True})
             reason, number = self.engine.reason or "rolled back by hand", found[0].number
             return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
+        state = self.routing.read()
+        if not found and state is not None and state.split:
+            return self.engine.whole(lambda: self._end_split(state, dry_run=dry_run))
         self._refuse_what_went_back()
         result = self.engine.rollback(dry_run=dry_run)
         if found and result.changed:
@@ -397,6 +400,22 @@ class Rollouts:
             reason = self.engine.reason or "rolled back by hand"
             return self._end_after(result, found[0]._replace(cause="by hand"), plan.ROLLED_BACK, reason)
         return result
+
+    def _end_split(self, state: State, *, dry_run: bool) -> Result:
+        """Everybody back from a share that was given by hand: the colour that has it may never have been live."""
+        if dry_run:
+            details = {"live": state.live, "would_change": True}
+            return Result(f"would send everybody back to {state.live}", details=details)
+        wanted = state._replace(
+            split=0, since=now(), who=self.engine.who, reason=self.engine.reason, command="rollback"
+        )
+        written, _ = self.routing.switch_back(wanted)
+        return Result(
+            f"rolled back: everybody is on {state.live} again, and {self.config.other(state.live)} serves none of the "
+            f"{state.split} % that it was given; another 'appliance rollback' goes back from {state.live}",
+            changed=True,
+            details={"live": state.live, "state": written.number},
+        )
 
     def _refuse_what_went_back(self) -> None:
         """Raise Refused where a rollback would return to what a rollout took traffic from."""

@@ -162,6 +162,17 @@ class Routing:
         state = self._write(state)
         return state, self.point_to(state.number)
 
+    def switch_back(self, state: State) -> tuple[State, float]:
+        """The same, where an older state that serves alike will do if a full disk takes no new one."""
+        try:
+            return self.switch(state)
+        except OSError:
+            number = self.way_back(state)
+            if number is None:
+                raise
+            moment = self.point_to(number)
+            return self.read() or state, moment
+
     def _write(self, state: State) -> State:
         """Make a state complete and durable; returns it with its number. Raises OSError."""
         for percent in {state.split, state.shadow} - {0}:

@@ -8,8 +8,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from rollout import audit, files, host, prune
-from rollout.errors import Failed
+from rollout import audit, files, host, plan, prune
+from rollout.errors import Failed, Interrupted
 from rollout.releases import Release
 from rollout.routing import State
 
@@ -68,8 +68,9 @@ class Host:
         self.engine.routing.switch(state)
 
     def prune(self, keep=5, named=frozenset()):
-        engine = self.engine
-        return prune.prune(engine.config, engine.releases, engine.routing, keep, set(named))
+        engine, pruned = self.engine, prune.Pruned()
+        prune.prune(engine.config, engine.releases, engine.routing, keep, set(named), pruned, images=True)
+        return pruned
 
     @property
     def numbers(self):
@@ -219,6 +220,32 @@ def test_docker_cant_stop_the_rest(world):
     pruned = world.prune(keep=1)
     assert (pruned.releases, len(pruned.bundles), pruned.images) == ([3], 1, [])
     assert "Cannot connect to the Docker daemon" in pruned.problems[0]
+
+
+def test_docker_isnt_asked_in_a_rollout(world, monkeypatch):
+    """Its answer may take minutes, for which the lock would keep a rollback waiting."""
+    for _ in range(3):
+        world.release()
+    present = SimpleNamespace(source_release=1, target_release=2)
+    monkeypatch.setattr(plan, "under_way", lambda *_: present)
+    monkeypatch.setattr(host, "run", lambda *_: pytest.fail("asked"))
+    result = world.engine.prune()
+    assert result.ok and "images aren't looked at before the rollout has ended" in result.message
+
+
+def test_a_signal_says_what_was_removed_before(world, monkeypatch):
+    world.box.configure(keep_releases=1)
+    world.engine = world.box.engine()
+    for _ in range(3):
+        world.release()
+
+    def interrupted(*_):
+        raise Interrupted("SIGINT")
+
+    monkeypatch.setattr(host, "run", interrupted)
+    result = world.engine.prune()
+    assert (result.ok, result.changed, result.exit_status, result.details["releases"]) == (False, True, 1, [1, 2])
+    assert result.message == "removed 2 releases, 2 bundles; interrupted by SIGINT: run it again for the rest"
 
 
 def test_a_time_that_isnt_understood_removes_no_image(world):

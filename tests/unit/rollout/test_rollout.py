@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import threading
 import time
 import urllib.error
@@ -575,6 +576,18 @@ def test_status_tells_the_share_that_users_have(rollout):
     assert "green (release 2) isn't live yet" in status.message and status.json["rollout"]["percent"] == 0
 
 
+def test_who_stops_looking_on_is_told_that_it_goes_on(rollout):
+    rollout.configure(canary_step_seconds=20)
+    process = rollout.popen("swap", "--strategy", "canary")
+    # What `follow` shows first.
+    next(line for line in process.stderr if line.startswith("appliance: canary: green"))
+    process.send_signal(signal.SIGINT)
+    answer = rollout.finish(process)
+    assert (answer.status, answer.json["changed"], rollout.state.split) == (1, True, 1)
+    assert "it goes on" in answer.message and "'appliance abort'" in answer.message
+    assert rollout.run("abort").status == 0
+
+
 def test_an_interrupt_while_a_rollout_is_put_on_record_leaves_none(rollout, monkeypatch):
     rollout.configure(bake_seconds=20)
     before, real = rollout.snapshot(), files.fsync_directory
@@ -773,6 +786,37 @@ def test_on_a_full_disk_the_way_back_keeps_maintenance_and_shadow(rollout, monke
     assert rollout.run("abort").status == 0
     state = rollout.state
     assert (state.live, state.split, state.shadow, state.maintenance) == ("blue", 0, 20, True)
+
+
+@pytest.mark.parametrize("share", [None, "25"], ids=["after a swap", "a share by hand"])
+def test_on_a_full_disk_a_rollback_by_hand_goes_back(rollout, monkeypatch, share):
+    rollout.configure(bake_seconds=0)
+    assert rollout.run(*(["split", share] if share else ["swap"])).status == 0
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Routing, "switch", full_disk)
+    answer = rollout.run("rollback")
+    assert (answer.status, answer.json["live"]) == (0, "blue"), answer.message
+    assert (rollout.state.live, rollout.state.split) == ("blue", 0)
+
+
+def test_a_rollback_ends_a_share_by_hand(rollout):
+    """Whatever the colour that has it was before: its users are those that the person wants back."""
+    rollout.run("split", "25")
+    assert "send everybody back to blue" in rollout.run("rollback", "--dry-run").message
+    assert rollout.state.split == 25
+    answer = rollout.run("rollback")
+    assert (answer.status, rollout.state.live, rollout.state.split) == (0, "blue", 0), answer.message
+    assert "everybody is on blue again" in answer.message
+    # It isn't a switch: that is still to be had, from where there is one.
+    assert "nothing to roll back to" in rollout.run("rollback").message
+    rollout.configure(bake_seconds=0)
+    rollout.run("swap")
+    rollout.run("split", "5")
+    assert rollout.run("rollback").status == 0 and rollout.state.live == "green"
+    assert rollout.run("rollback").status == 0 and rollout.state.live == "blue"
 
 
 def test_on_a_full_disk_no_share_by_hand_comes_back(rollout, monkeypatch):
