@@ -254,7 +254,7 @@ DASHBOARD = Dashboard(
             ],
         ),
         Row(
-            "Units and clock",
+            "Units, tasks and clock",
             [
                 table(
                     "Units that aren't active",
@@ -266,13 +266,25 @@ DASHBOARD = Dashboard(
                         "not active",
                         "bool_yes_no",
                     ),
-                    width=8,
+                    width=6,
                 ),
                 timeseries(
                     "Units by state",
                     "How many units of the appliance are in which state.",
                     "short",
                     Query("sum by (state) (node_systemd_unit_state)", "{{state}}"),
+                    width=6,
+                ),
+                table(
+                    "Regular tasks",
+                    "How long ago each of them last worked, and how often it should. One that hasn't for more than "
+                    "twice its interval and five minutes is an alert.",
+                    ["task"],
+                    Column(
+                        Query("max by (task) (time() - appliance_task_last_success_timestamp_seconds)"), "last", "s"
+                    ),
+                    Column(Query("max by (task) (appliance_task_interval_seconds)"), "every", "s"),
+                    width=6,
                 ),
                 timeseries(
                     "Clock off by",
@@ -280,6 +292,7 @@ DASHBOARD = Dashboard(
                     "s",
                     Query("node_timex_offset_seconds", "offset"),
                     minimum=None,
+                    width=6,
                 ),
             ],
         ),
