@@ -20,7 +20,7 @@ class SharedState:
     killed can't leave one locked.
     """
 
-    _PHASE, _RESTARTS, _LOADED, _FIRST_WORKER = 0, 1, 2, 3
+    _PHASE, _RESTARTS, _LOADED, _JOB, _FIRST_WORKER = 0, 1, 2, 3, 4
     # For each worker: ready, the start of the prediction that runs, the last turn of its server's loop.
     _FIELDS = 3
 
@@ -55,6 +55,15 @@ class SharedState:
     def set_loaded(self) -> None:
         """Called by the parent, now that they have."""
         self._cells[self._LOADED] = time.time_ns()
+
+    def set_job_running(self, running: bool) -> None:
+        """Called by the process for jobs around each of them, and by the parent once that process is dead."""
+        self._cells[self._JOB] = time.monotonic_ns() if running else 0
+
+    @property
+    def job_seconds(self) -> float:
+        """How long the job has run that the process for jobs is at; 0 where there is none."""
+        return self._age(self._JOB)
 
     @property
     def ready(self) -> int:

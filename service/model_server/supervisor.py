@@ -28,10 +28,14 @@ if TYPE_CHECKING:
     from model_server.core import Models
 
 _BACKLOG = 1024
+_JOBS = "jobs"
 _SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
 # How often the parent looks at the workers: while the first ones start, and afterwards at least.
 _STARTING_TURN_SECONDS = 0.02
 _TURN_SECONDS = 5.0
+# Given to a job beyond its time, in which the process for jobs ends it by itself, unless the model's code lets no other
+# thread run.
+_JOB_MARGIN_SECONDS = 10.0
 # Given to workers beyond their drain before they are killed.
 _KILL_MARGIN_SECONDS = 2.0
 _CONTROL_STOP_SECONDS = 3.0
@@ -186,7 +190,7 @@ class Supervisor:
     def _jobs_slot(self, models: "Models") -> _Slot:
         from model_server.jobs.consumer import run_consumer
 
-        return _Slot("jobs", lambda: run_consumer(models, self._config, self._metrics, self._log))
+        return _Slot(_JOBS, lambda: run_consumer(models, self._config, self._metrics, self._state, self._log))
 
     def _start(self, slot: _Slot) -> None:
         parent = os.getpid()
@@ -258,18 +262,34 @@ class Supervisor:
 
     def _kill_hung(self) -> None:
         for slot in self._slots:
-            if slot.worker is None or slot.pid is None:
+            if slot.pid is None or (what := self._hang(slot)) is None:
                 continue
-            busy, silent = self._state.busy_seconds(slot.worker), self._state.silent_seconds(slot.worker)
-            limit = self._config.hang_seconds
-            # Idle workers give a sign of life at each turn of their loop only.
-            if busy <= limit and silent <= limit + 2 * TURN_SECONDS:
-                continue
-            what = f"is at one prediction for {busy:.1f} s" if busy > limit else f"is silent for {silent:.1f} s"
             self._log.error("worker_hung", f"{slot.role} {what} and is killed", role=slot.role)
             self._signal([slot], signal.SIGKILL)
             # Once is enough; the end is reaped like any other.
+            self._clear(slot)
+
+    def _hang(self, slot: _Slot) -> str | None:
+        """What shows that a process hangs, or None."""
+        if slot.role == _JOBS:
+            seconds = self._state.job_seconds
+            is_late = seconds > self._config.jobs.longest_seconds + _JOB_MARGIN_SECONDS
+            return f"is at one job for {seconds:.1f} s" if is_late else None
+        if slot.worker is None:
+            return None
+        busy, silent = self._state.busy_seconds(slot.worker), self._state.silent_seconds(slot.worker)
+        limit = self._config.hang_seconds
+        if busy > limit:
+            return f"is at one prediction for {busy:.1f} s"
+        # Idle workers give a sign of life at each turn of their loop only.
+        return f"is silent for {silent:.1f} s" if silent > limit + 2 * TURN_SECONDS else None
+
+    def _clear(self, slot: _Slot) -> None:
+        """Forget what a process had said of itself."""
+        if slot.worker is not None:
             self._state.clear(slot.worker)
+        elif slot.role == _JOBS:
+            self._state.set_job_running(False)
 
     @staticmethod
     def _delay(slot: _Slot, seconds: float) -> None:
@@ -309,8 +329,7 @@ class Supervisor:
             for slot in self._slots:
                 if slot.pid == pid:
                     slot.pid = None
-                    if slot.worker is not None:
-                        self._state.clear(slot.worker)
+                    self._clear(slot)
                     self._metrics.forget(slot.role)
                     empty.append(slot)
 

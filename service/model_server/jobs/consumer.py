@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 
 from model_server import payload
 from model_server.config import Config
@@ -15,6 +16,7 @@ from model_server.jobs.queue import Queue
 from model_server.jobs.store import Job, Store
 from model_server.logs import Log
 from model_server.metrics import Metrics
+from model_server.state import SharedState
 from model_server.worker import prove
 
 # How often the consumer says that it is alive, and how long it must have been silent for others to take its jobs.
@@ -27,7 +29,7 @@ _NICENESS = 10
 _UNAVAILABLE_SECONDS = 5.0
 
 
-def run_consumer(models: Models, config: Config, metrics: Metrics, log: Log) -> None:
+def run_consumer(models: Models, config: Config, metrics: Metrics, state: SharedState, log: Log) -> None:
     """Run the colour's jobs until SIGTERM; the one that runs then gets the drain's time and is handed back after it.
 
     Raises RuntimeError where a job takes too long, since only the end of the process stops it, and sqlite3.Error.
@@ -42,7 +44,7 @@ def run_consumer(models: Models, config: Config, metrics: Metrics, log: Log) -> 
         if signal.sigtimedwait((signal.SIGTERM,), _UNAVAILABLE_SECONDS) is not None:
             return
     outage.end()
-    consumer = _Consumer(models, config, metrics, log)
+    consumer = _Consumer(models, config, metrics, log, state.set_job_running)
     consumer.begin()
     while signal.sigtimedwait((signal.SIGTERM,), _TURN_SECONDS) is None:
         consumer.turn()
@@ -50,9 +52,20 @@ def run_consumer(models: Models, config: Config, metrics: Metrics, log: Log) -> 
 
 
 class _Consumer:
-    """The main thread keeps the tables in order; a thread of its own runs the models, for as long as that takes."""
+    """The main thread keeps the tables in order; a thread of its own runs the models, for as long as that takes.
 
-    def __init__(self, models: Models, config: Config, metrics: Metrics, log: Log) -> None:
+    ``busy`` is called with True and False around each job: a model that lets no other thread run stops the main one,
+    too, and it is for the parent to notice.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        config: Config,
+        metrics: Metrics,
+        log: Log,
+        busy: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         self._models = models
         self._versions = {model.name: model.version for model in models.all}
         self._names = list(self._versions)
@@ -60,6 +73,7 @@ class _Consumer:
         self._longest_seconds = config.jobs.longest_seconds
         self._log = log
         self._metrics = metrics
+        self._busy = busy
         self._store = Store(config.jobs)
         self._queue = Queue(config.jobs, config.colour, self._run)
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -149,9 +163,11 @@ class _Consumer:
         job, body = claimed
         started = time.monotonic()
         self._current = job, started
+        self._busy(True)
         result, error = self._predict(job, body)
         seconds = time.monotonic() - started
         wanted = self._store.fail(job, error) if result is None else self._store.complete(job, result, seconds)
+        self._busy(False)
         self._current = None
         if wanted:
             self._note(job, "failed" if result is None else "completed", seconds)

@@ -285,6 +285,21 @@ def test_a_job_that_takes_too_long_fails_and_the_next_one_runs(short_dir, bundle
         client.wait(following, "completed")
 
 
+def test_a_job_that_lets_no_thread_run_is_ended_too(short_dir, bundle_dir, tmp_path):
+    source = (bundle_dir / "model.py").read_text()
+    endless = 'import re\n        rows[0, 0] == 9 and re.fullmatch(rb"(a+)+", b"a" * 60 + b"b")\n        return self'
+    (bundle_dir / "model.py").write_text(source.replace("return self", endless))
+    write_sums(bundle_dir)
+    settings = {"MODEL_JOBS_LONGEST_SECONDS": 1, "MODEL_JOBS_ATTEMPTS": 1, "MODEL_HANG_SECONDS": 2}
+    with serving(short_dir / "a", bundle_dir, tmp_path, **settings) as client:
+        job_id, following = client.submit(SLOW_ROW), client.submit(ROW)
+        failed = client.wait(job_id, "failed")
+        assert (failed["attempts"], failed["error"]) == (1, "the service died while it ran")
+        client.wait(following, "completed")
+        [line] = [line for line in client.service.logs() if line["event"] == "worker_hung"]
+        assert line["role"] == "jobs" and "is at one job for" in line["message"]
+
+
 def test_what_the_model_says_when_it_fails_is_told_to_nobody(short_dir, bundle_dir, tmp_path):
     source = (bundle_dir / "model.py").read_text()
     failing = 'import sys\n        rows[0, 0] == 9 and sys.exit("a secret")\n        return self.layers(rows)'

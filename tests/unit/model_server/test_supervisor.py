@@ -59,6 +59,27 @@ def test_silent_worker_is_killed_once(tmp_path, monkeypatch):
         assert killed == expected
 
 
+def test_process_whose_job_never_ends_is_killed_once(tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    config = SimpleNamespace(workers=1, hang_seconds=1, jobs=SimpleNamespace(longest_seconds=60))
+    parent = Supervisor(config, None, None, "", log_to(tmp_path / "log"))
+    # The control process says nothing of itself.
+    parent._slots = [supervisor._Slot("control", lambda: None, pid=4), supervisor._Slot("jobs", lambda: None, pid=5)]
+    now = supervisor.time.monotonic_ns()
+    parent._kill_hung()
+    parent._state.set_job_running(True)
+    for seconds, expected in ((69, []), (71, [5]), (72, [5])):
+        monkeypatch.setattr("model_server.state.time.monotonic_ns", lambda age=seconds: now + age * 10**9)
+        parent._kill_hung()
+        assert killed == expected
+    # The next one begins anew, whatever the last one died of.
+    parent._state.set_job_running(True)
+    monkeypatch.setattr(os, "waitpid", lambda *_, pids=[5, 0]: (pids.pop(0), 0))
+    parent._metrics = SimpleNamespace(forget=lambda role: None)
+    assert [slot.role for slot in parent._reap()] == ["jobs"] and parent._state.job_seconds == 0
+
+
 def test_state_of_workers_is_kept_apart():
     state = SharedState(2)
     state.set_ready(1)
