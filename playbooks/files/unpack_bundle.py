@@ -7,6 +7,7 @@ caller's to remove.
 
 from __future__ import annotations
 
+import errno
 import lzma
 import sys
 import tarfile
@@ -76,6 +77,8 @@ def _write(archive: Path, opened: tarfile.TarFile, about: tarfile.TarInfo, direc
 
 def _unwritable(archive: Path, about: tarfile.TarInfo, directory: Path, error: Exception) -> ValueError:
     reason = getattr(error, "strerror", None) or error
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        reason = f"{reason}; free some space there, or set TMPDIR to another place for it"
     return ValueError(f"{archive} can't be unpacked to {directory}: its member {about.name!r}: {reason}")
 
 

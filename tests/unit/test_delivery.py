@@ -4,17 +4,20 @@
 wants, the last does it.
 """
 
+import errno
 import gzip
 import hashlib
 import io
 import json
 import os
 import resource
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import jinja2
@@ -88,6 +91,7 @@ class Site:
                 "PATH": f"{self.bin}:{ANSIBLE.parent}:/usr/bin:/bin",
                 "HOME": str(self.root),
                 "PWD": str(self.root),
+                "TMPDIR": str(self.root),
                 "USER": "carol",
                 "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
                 "LC_ALL": "C.UTF-8",
@@ -389,8 +393,13 @@ def test_an_archive_is_recorded_as_where_it_lies(site, edited):
     archive = site.root / "work/model.tar.gz"
     with tarfile.open(archive, "w:gz") as made:
         made.add(site.source, arcname="1.1.0")
+    left = {age: site.root / f"appliance-bundle-{age}" for age in (0, 2)}
+    for days, directory in left.items():
+        (directory / "1.1.0").mkdir(parents=True)
+        os.utime(directory, (time.time() - days * 86400 - 60,) * 2)
     told, status = site.find(archive)
     assert status == 0, told
+    assert left[0].is_dir() and not left[2].exists(), "of a run that may be under way, and of one that was broken off"
     [call] = site.calls("appliance")
     assert f":{archive} --revision {revision} --who carol" in call
 
@@ -487,6 +496,13 @@ def test_an_archive_that_is_damaged_is_refused(tmp_path, damage):
     answer = unpack(archive, tmp_path / "unpacked")
     assert answer.returncode == 1 and answer.stderr.count("\n") == 1
     assert answer.stderr.startswith(f"{archive} can't be read to its end: it is")
+
+
+def test_an_archive_without_room_says_where_it_would_have_some(tmp_path):
+    program = runpy.run_path(str(PROJECT / "playbooks/files/unpack_bundle.py"))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = str(program["_unwritable"](tmp_path / "model.tar.gz", member("x"), tmp_path, full))
+    assert said.endswith("No space left on device; free some space there, or set TMPDIR to another place for it")
 
 
 def test_an_archive_that_has_no_place_is_refused(tmp_path):

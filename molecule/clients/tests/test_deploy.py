@@ -101,7 +101,7 @@ def test_an_archive_that_escapes(playbook, untouched, tmp_path, monkeypatch):
         -2000:
     ]
     assert list(tmp_path.rglob("escaped*")) == []
-    assert list(scratch.glob("bundle-*")) == []
+    assert list(scratch.glob("appliance-bundle-*")) == []
 
 
 def test_a_link_in_a_directory(playbook, untouched, tmp_path):

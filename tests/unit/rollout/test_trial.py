@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +28,9 @@ def begin(box, *more):
     return closing(Trial(config.load(box.config), plan.read(box.state_dir / "rollout.json")))
 
 
-def write(box, colour, count, seconds=0.02, status=200):
-    about = {"time": datetime.now(UTC).isoformat(), "method": "POST", "request_id": "r", "routed": colour}
+def write(box, colour, count, seconds=0.02, status=200, ahead=0):
+    moment = datetime.now(UTC) + timedelta(days=ahead)
+    about = {"time": moment.isoformat(), "method": "POST", "request_id": "r", "routed": colour}
     line = json.dumps({**about, "status": status, "request_seconds": seconds, "upstream_seconds": str(seconds)})
     with box.door.access_log.open("a") as stream:
         stream.write(f"{line}\n" * count)
@@ -57,6 +58,22 @@ def test_a_colour_that_refuses_its_clients_fails(canary):
         write(canary, "green", 100, status=400)
         found = look(trial)["refused"]
     assert found.verdict == FAIL and "100 of 200 requests refused" in found.text, found
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_clock_that_jumps_hides_nothing(canary, monkeypatch, days):
+    real = time.time
+    with begin(canary) as trial:
+        for colour in ("blue", "green"):
+            write(canary, colour, 100)
+        assert look(trial)["errors"].verdict == PASS
+        monkeypatch.setattr(time, "time", lambda: real() + days * 86400)
+        write(canary, "blue", 100, ahead=days)
+        write(canary, "green", 50, ahead=days, status=500)
+        found = look(trial)
+        # All of it happened within the window, whatever the clock said.
+        assert found["errors"].verdict == FAIL and "50 of 150" in found["errors"].text, found
+        assert trial.elapsed < 60
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
