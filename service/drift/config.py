@@ -11,7 +11,7 @@ from typing import Any
 from drift.errors import DriftError
 
 DEFAULT_PATH = Path("/etc/appliance/drift.json")
-_MODEL = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_MODEL = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 _ADDRESS = re.compile(r"\[?([^\[\]]+)\]?:([0-9]{1,5})")
 
 

@@ -29,7 +29,7 @@ CHECKSUMS = "SHA256SUMS"
 WEIGHTS_FORMATS = ("state_dict", "safetensors", "torchscript")
 _FORMATS_BY_SUFFIX = {".pth": "state_dict", ".pt": "state_dict", ".safetensors": "safetensors"}
 
-_NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}")
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _LONGEST_MESSAGE = 2000
@@ -320,10 +320,13 @@ def _collection(directory: Path, digest: str, top: "_Fields", examples: tuple[Ex
     top.finish()
     if not isinstance(listed, list) or not listed or not all(isinstance(item, str) for item in listed):
         raise top.fail("models", listed, "a list of the models' names, each a directory of this bundle")
+    # Some of what is made of names knows one case, or no hyphens: acc_<name>, for example.
+    if len({item.lower().replace("-", "_") for item in listed}) < len(listed):
+        raise top.fail("models", listed, "a list of names that differ, in more than case, - and _")
     parts = []
     for item in listed:
-        if not _NAME.fullmatch(item) or listed.count(item) > 1:
-            raise top.fail("models", listed, f"a list of different names that match ^{_NAME.pattern}$")
+        if not _NAME.fullmatch(item):
+            raise top.fail("models", listed, f"a list of names that match ^{_NAME.pattern}$")
         parts.append(_part(directory / item, item, bool(digest)))
     watched = sum(len(part.reference.features) for part in parts if part.reference)
     if watched > MOST_WATCHED:

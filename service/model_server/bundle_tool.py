@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
 
     init = command("init", _init, "make a bundle from a model.py, weights, or both")
     init.add_argument("directory", type=Path, help="where the bundle goes; must not exist yet")
-    init.add_argument("--name", required=True, help="small letters, digits and hyphens")
+    init.add_argument("--name", required=True, help="letters, digits, hyphens and underscores")
     init.add_argument("--model", type=Path, metavar="FILE", help="Python file with the model's class")
     init.add_argument("--weights", type=Path, metavar="FILE", help="state dict, safetensors or TorchScript")
     init.add_argument(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rollout.errors import Refused
 from rollout.text import tidy
 
-NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}")
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")

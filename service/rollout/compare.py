@@ -16,7 +16,7 @@ from typing import Any
 from rollout.unixhttp import Answer
 
 NATIVE, KSERVE, TORCHSERVE, OIP = "native", "kserve", "torchserve", "oip"
-_NAME = r"(?P<model>[a-z][a-z0-9-]{0,62})"
+_NAME = r"(?P<model>[A-Za-z][A-Za-z0-9_-]{0,62})"
 _VERSION = r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}"
 # What predicts and does nothing else: only this may be asked a second time.
 _ROUTES = tuple(

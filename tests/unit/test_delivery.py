@@ -260,6 +260,14 @@ def test_the_size_of_a_bundle_is_known(tmp_path):
     assert {key: after[key] for key in ("name", "version")} == {"name": "simplemodel", "version": "1.1.0"}
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "MyModel"])
+def test_names_that_torchserve_has_are_kept(tmp_path, name):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(SOURCE, bundle)
+    field("name", name)(bundle)
+    assert describe(bundle)["name"] == name
+
+
 def describe(bundle):
     program = PROJECT / "roles/rollout/files/describe_bundle.py"
     return json.loads(subprocess.check_output([sys.executable, program, bundle], timeout=60))
@@ -573,9 +581,9 @@ def link(path):
 
 
 MISTAKES = {
-    "no name": (field("name", None), "{}/manifest.yaml: name is missing: it must be small letters"),
+    "no name": (field("name", None), "{}/manifest.yaml: name is missing: it must be letters"),
     "no version": (field("version", None), "{}/manifest.yaml: version is missing: it must be letters"),
-    "a name of its own": (field("name", "../x"), "{}/manifest.yaml: name must be small letters"),
+    "a name of its own": (field("name", "../x"), "{}/manifest.yaml: name must be letters"),
     "a number": (field("version", 1.5), "{}/manifest.yaml: version must be letters, digits"),
     "no YAML": (
         lambda bundle: (bundle / "manifest.yaml").write_text("name: [a\n"),

@@ -25,7 +25,7 @@ _BLOCK_BYTES = 4096
 
 # Both become a path on the host.
 FIELDS = {
-    "name": (r"[a-z][a-z0-9-]{0,62}", "small letters, digits and hyphens, beginning with a letter"),
+    "name": (r"[A-Za-z][A-Za-z0-9_-]{0,62}", "letters, digits, hyphens and underscores, beginning with a letter"),
     "version": (
         r"[0-9A-Za-z][0-9A-Za-z.+-]{0,62}",
         "letters, digits, dots, plus signs and hyphens, in quotes where it looks like a number",

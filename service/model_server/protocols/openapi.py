@@ -106,7 +106,8 @@ def _described(operation: Operation) -> dict[str, Any]:
         "tags": [operation.tag],
         "summary": operation.summary,
         # The page's link to an operation has this name in it, and works only where nothing in it is escaped.
-        "operationId": re.sub(r"[^A-Za-z0-9.-]", "_", operation.method.lower() + operation.path),
+        # A name's own _ mustn't look like a slash: x_ready is another model than x.
+        "operationId": re.sub(r"[^A-Za-z0-9.-]", "_", operation.method.lower() + operation.path.replace("_", ".")),
         "responses": responses,
     }
     if parameters:

@@ -182,6 +182,12 @@ def test_what_is_no_reference_is_refused(content):
         parse(content)
 
 
+def test_models_may_be_called_what_bundles_are(tmp_path):
+    path = tmp_path / "drift.json"
+    path.write_text(json.dumps({"kafka": {"bootstrap.servers": "a:1"}, "topics": {"My_Model-2": "t"}}))
+    assert config.read(path).topics == {"My_Model-2": "t"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

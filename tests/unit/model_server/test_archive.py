@@ -344,9 +344,9 @@ def test_requirements_are_mentioned(archived, capsys):
 
 
 def test_name_that_bundles_may_not_have(archived, capsys):
-    mar = archived("base_handler", "--model-file", "net.py", files={"net.py": IMAGES}, name="Net_2")
-    assert "name is 'Net_2'" in refused(mar, capsys, "--input-shape", "3,2,2")
-    assert read(imported(mar, "--input-shape", "3,2,2", "--name", "net-2")).name == "net-2"
+    mar = archived("base_handler", "--model-file", "net.py", files={"net.py": IMAGES}, name="Net.2")
+    assert "name is 'Net.2'" in refused(mar, capsys, "--input-shape", "3,2,2")
+    assert read(imported(mar, "--input-shape", "3,2,2", "--name", "Net_2")).name == "Net_2"
 
 
 MANIFEST = {"runtime": "python", "model": {"modelName": "net", "modelVersion": "1", "handler": "base_handler"}}

@@ -137,7 +137,7 @@ def test_file_listed_twice(bundle_dir):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("name: simplemodel", "name: Simple_Model", ["name is 'Simple_Model'"]),
+        ("name: simplemodel", "name: Simple.Model", ["name is 'Simple.Model'"]),
         ("name: simplemodel", "title: x", ["name is missing"]),
         ("version: 1.0.0", "version: 1.0", ["version is 1.0", "quotes"]),
         ("version: 1.0.0", "version: ../1", ["version is '../1'"]),

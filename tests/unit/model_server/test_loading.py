@@ -324,7 +324,8 @@ def test_examples_of_the_whole_are_tested_on_the_default_model(collection):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("- two", "- one", ["models is ['one', 'one']", "different"]),
+        ("- two", "- one", ["models is ['one', 'one']", "differ"]),
+        ("- one\n- two", "- a-one\n- A_one", ["models is ['a-one', 'A_one']", "more than case, - and _"]),
         ("- two", "- three", ["models names three", "not a directory"]),
         ("- two", "- ../two", ["models is", "match"]),
         ("models:\n- one\n- two", "models: []", ["models is []"]),

@@ -94,6 +94,16 @@ def test_the_document_is_valid(document, of_jobs):
         assert len(set(identifiers)) == len(identifiers)
 
 
+def test_no_two_operations_have_one_name(family):
+    one, other = (
+        SimpleNamespace(name=name, version=model.version, module=model.module, bundle=model.bundle)
+        for name, model in zip(("x", "x_ready"), family.all, strict=False)
+    )
+    made = openapi.document(Models([one, other]), oip.operations(Models([one, other])))
+    identifiers = [operation["operationId"] for item in made["paths"].values() for operation in item.values()]
+    assert len(set(identifiers)) == len(identifiers) > 4
+
+
 def test_examples_are_what_the_models_do(document, of_jobs):
     for item in (*document["paths"].values(), *of_jobs["paths"].values()):
         for operation in item.values():

@@ -227,7 +227,8 @@ def test_bundle_faults(box):
 
     refused("isn't a directory", box.root)
     refused("doesn't exist", good.parent / "9.9.9")
-    refused("isn't a valid name and version", box.bundle(name="Upper"))
+    refused("doesn't exist", good.parent.with_name("My_Model") / "1.0.0")
+    refused("isn't a valid name and version", box.bundle(name="1st"))
     (good / "extra.txt").write_text("x")
     refused("extra.txt isn't listed")
     (good / "extra.txt").unlink()
