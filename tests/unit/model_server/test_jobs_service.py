@@ -319,7 +319,9 @@ def test_what_the_model_says_when_it_fails_is_told_to_nobody(short_dir, bundle_d
 
 
 def test_online_requests_come_first(client):
-    assert os.getpriority(os.PRIO_PROCESS, consumer_of(client)) == os.getpriority(os.PRIO_PROCESS, 0) + 10
+    # 19 is the most there is, also where the tests themselves run under nice.
+    wanted = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+    assert os.getpriority(os.PRIO_PROCESS, consumer_of(client)) == wanted
 
 
 def test_predictions_are_served_without_jobs(short_dir):
