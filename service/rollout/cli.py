@@ -377,7 +377,10 @@ def _swap(config: configuration.Config, rollouts: Rollouts, options: argparse.Na
     dry, engine = options.dry_run, rollouts.engine
     if options.strategy == "at-once":
         if options.steps or options.detach:
-            raise UsageError("--steps and --detach belong to --strategy canary")
+            raise UsageError(
+                f"{'steps' if options.steps else '--detach'} without a canary: --strategy canary, and with a playbook "
+                f"-e strategy=canary, goes live in steps"
+            )
         result = engine.run("swap", lambda: rollouts.swap(options.to, dry_run=dry), dry_run=dry)
         return _drained(config, engine, result) if result.ok and result.changed else result
     begun = engine.run("canary", lambda: rollouts.canary(options.to, options.steps, dry_run=dry), dry_run=dry)

@@ -81,7 +81,10 @@ class Colour:
         try:
             health = self.health()
         except Unreachable as fault:
-            raise Refused(f"{fault.message}; {look}") from None
+            raise Refused(
+                f"{fault.message}; it is stopped ('systemctl start {self.unit}'), still starts (a few seconds, see "
+                f"'appliance status'), or fails: {look}"
+            ) from None
         wrong = _not_release(health, release, self.name)
         if wrong:
             raise Refused(f"{self.name} {wrong}: deploy to {self.name} again")

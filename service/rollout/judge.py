@@ -181,7 +181,7 @@ def latencies(new: Window, old: Window, config: Config, *, comparable: bool = Tr
             continue
         if math.isfinite(limit):
             verdict = FAIL if value > limit else PASS
-            text = f"at least {_milliseconds(value)}, at most {_milliseconds(limit)}"
+            text = f"{_milliseconds(value)} or more, {_milliseconds(limit)} allowed"
             checks.append(Check(name, verdict, text, value, limit))
     return checks
 

@@ -152,7 +152,7 @@ def _held(descriptor: int, path: Path, wait: float) -> str:
     note = _read(descriptor)
     # Without one, the holder hasn't written its note yet, or somebody else's program holds the lock.
     holder = note.describe() if note else "another process"
-    advice = "wait for it, or give --lock-wait SECONDS"
+    advice = "run this again once it has ended; 'appliance' waits for it with --lock-wait SECONDS"
     if note and note.silent_seconds >= STALE_SECONDS:
         advice = f"no sign of life from it for {note.silent_seconds:.0f} s: 'appliance unlock' ends it"
     after = f" after waiting {wait:g} s" if wait else ""

@@ -594,8 +594,9 @@ class Engine:
         if holds != state.previous_release:
             raise Refused(
                 f"can't roll back: {target} was live with release {state.previous_release} and now holds "
-                f"{f'release {holds}' if holds else 'nothing'}; deploy the earlier bundle to {target} and swap, "
-                f"or swap if you want what it holds"
+                f"{f'release {holds}' if holds else 'nothing'}; 'appliance rollback --to {state.previous_release}' "
+                f"(playbooks/rollback.yml -e to={state.previous_release}) places that one there again, as long as it "
+                f"is kept, and makes it live"
             )
         try:
             release, examples = self.check(target, HEALTHY, urgent=True)
@@ -603,7 +604,13 @@ class Engine:
             raise Refused(f"can't roll back to {target}: {fault.message}") from fault
         if dry_run:
             return self.would_switch("rollback", target, release, examples, state)
-        return self.switch("rollback", target, release, examples, state)
+        result = self.switch("rollback", target, release, examples, state)
+        if state.command == "rollback":
+            result.message += (
+                f"; {target} HAD BEEN LEFT by a rollback at {state.since}, which this one undoes: another one goes "
+                f"back to {state.live}"
+            )
+        return result
 
     def check(self, name: str, accept: tuple[str, ...], *, urgent: bool = False) -> tuple[Release, list[Example]]:
         """All that must be true of a colour before it becomes live. Raises ApplianceError.

@@ -102,7 +102,10 @@ class Releases:
             raw = {"settings_digest": None, "origin": None, "revision": None, **json.loads(path.read_bytes())}
             return Release(**{key: raw[key] for key in Release._fields})
         except OSError as error:
-            raise Failed(f"release {number} has no record: {path}: {error.strerror}; deploy again") from None
+            raise Failed(
+                f"release {number} has no record: {path}: {error.strerror}; 'appliance history' has the numbers that "
+                f"were given, and the bundle of one that is gone must be deployed again"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise Failed(f"{path} can't be used: {type(error).__name__}: {error}; deploy again") from None
 

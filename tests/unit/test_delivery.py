@@ -602,7 +602,10 @@ MISTAKES = {
         "{}/manifest.yaml must hold fields",
     ),
     "no manifest": (lambda bundle: (bundle / "manifest.yaml").unlink(), "{}/manifest.yaml is missing"),
-    "no checksums": (lambda bundle: (bundle / "SHA256SUMS").unlink(), "{}/SHA256SUMS is missing: `bundle_tool sums`"),
+    "no checksums": (
+        lambda bundle: (bundle / "SHA256SUMS").unlink(),
+        '{0}/SHA256SUMS is missing: `make bundle ARGS="sums {0}"`',
+    ),
     "no text": (lambda bundle: (bundle / "SHA256SUMS").write_bytes(b"\xff"), "{}/SHA256SUMS isn't text in UTF-8"),
     "a linked manifest": (in_place_of("manifest.yaml", link), "{}/manifest.yaml must be a regular file; it is a link"),
     "linked checksums": (in_place_of("SHA256SUMS", link), "{}/SHA256SUMS must be a regular file; it is a link"),

@@ -56,7 +56,7 @@ def describe(directory: Path) -> dict[str, Any]:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise ValueError(f"{manifest}: {field} must be {words}; it is {json.dumps(value, default=str)[:100]}")
         found[field] = value
-    text = _read(sums, "`bundle_tool sums` writes it, `bundle_tool check` looks whether all is well")
+    text = _read(sums, f'`make bundle ARGS="sums {directory}"` writes it')
     sizes = list(_sizes(directory))
     return found | {"digest": hashlib.sha256(text.encode()).hexdigest(), "size": sum(sizes), "largest": max(sizes)}
 

@@ -357,6 +357,8 @@ def test_rollback_twice(box):
     assert "rolled back: blue is live: simplemodel 1.0.0, release 1; first answer" in first.message
     second = box.run("rollback")
     assert (second.status, second.json["live"], second.json["previous"]) == (0, "green", "blue")
+    # Who pressed twice in a hurry must see what they did.
+    assert "green HAD BEEN LEFT by a rollback" in second.message and "HAD BEEN" not in first.message
 
 
 def test_rollback_refuses_what_isnt_as_it_was(box):
@@ -372,7 +374,8 @@ def test_rollback_refuses_what_isnt_as_it_was(box):
     assert "isn't on this host any more" in box.run("rollback").message
     box.host.images.update(images)
     box.deploy("blue", box.bundle("3.0.0"))
-    assert "was live with release 1 and now holds release 3" in box.run("rollback").message
+    refused = box.run("rollback").message
+    assert "was live with release 1 and now holds release 3; 'appliance rollback --to 1'" in refused
     assert box.snapshot() == before
 
 
