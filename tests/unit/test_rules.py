@@ -6,12 +6,14 @@ the host's.
 
 import functools
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import jinja2
 import pytest
 import yaml
+from model_server.logs import Log
 
 from tests.unit.exported import known, metrics, unknown_labels
 
@@ -82,15 +84,22 @@ def test_an_alert_has_its_page(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_page_looks_at_both_colours_for_what_the_service_logs(name):
+def test_a_page_looks_at_both_colours_for_what_the_service_logs(name, tmp_path):
     """What a command looks for in vain seems to say that nothing is wrong."""
     text = runbook(name).read_text(encoding="utf-8")
     followed = {tuple(re.findall(r"-u model@(\w+)", line)) for line in text.splitlines() if "journalctl" in line}
     assert followed <= {(), ("blue", "green")}
     sources = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "service/model_server").glob("*.py"))
     logged = set(re.findall(r'\.(?:info|warning|error|failure)\(\s*"(\w+)"', sources))
-    for events in re.findall(r'"event":"\(?([a-z_|]+)', text):
+    searches = re.findall(r"""\| grep ((?:-E )?'"event":"\(?([a-z_|]+)[^']*')""", text)
+    assert len(searches) == text.count('"event"')
+    for arguments, events in searches:
         assert set(events.split("|")) <= logged
+        with (tmp_path / "log").open("wb") as file:
+            for event in events.split("|"):
+                Log(file.fileno(), colour="blue").error(event, "what happened")
+        found = subprocess.run(["grep", "-c", *shlex.split(arguments), file.name], capture_output=True, text=True)
+        assert int(found.stdout) == len(events.split("|")), arguments
 
 
 def test_no_page_is_left_over():
