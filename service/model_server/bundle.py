@@ -145,6 +145,15 @@ def read_draft(directory: Path) -> Bundle:
     return _explained(directory, lambda _, manifest: _parse(directory, "", manifest, ()))
 
 
+def passing(error: BaseException | None) -> BaseException | None:
+    """What the machine is at fault for, where that is behind ``error``: another try may succeed."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _PASSING):
+            return error
+        error = error.__cause__
+    return None
+
+
 def _explained(directory: Path, reading: Callable[[Path, bytes], Bundle]) -> Bundle:
     if not directory.is_dir():
         raise BundleError(f"bundle: {directory} is not a directory")
@@ -159,7 +168,7 @@ def _explained(directory: Path, reading: Callable[[Path, bytes], Bundle]) -> Bun
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno in _PASSING:
+        if passing(error) is not None:
             raise
         raise BundleError(f"{label}: {error.filename or 'a file'} can't be read: {error.strerror}") from None
     # Whatever else a file can hold that trips the code above: the bundle is at fault, and another start won't help.

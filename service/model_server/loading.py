@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch  # noqa: E402
 
 from model_server import modules, payload, speed  # noqa: E402
-from model_server.bundle import EXAMPLES, Bundle, BundleError, Example  # noqa: E402
+from model_server.bundle import EXAMPLES, Bundle, BundleError, Example, passing  # noqa: E402
 from model_server.core import Models  # noqa: E402
 from model_server.errors import ModelFailed  # noqa: E402
 from model_server.memory import keep_batch_memory, release_library_pages  # noqa: E402
@@ -30,7 +30,10 @@ _ROUNDING = 1e-3
 
 
 def load(bundle: Bundle) -> Models:
-    """Load, warm up and self-test the models, ready to be shared with forked workers. Raises BundleError."""
+    """Load, warm up and self-test the models, ready to be shared with forked workers.
+
+    Raises BundleError; OSError or MemoryError where the machine is at fault and another try may succeed.
+    """
     keep_batch_memory()
     threads_before = _threads()
     models = []
@@ -95,6 +98,9 @@ def _explained(bundle: Bundle, loading: Callable[[Bundle], Model]) -> Model:
         return loading(bundle)
     # Of the model's own code too, which may call sys.exit.
     except (Exception, SystemExit) as error:
+        # By now it may have been put as the bundle's fault, which would keep the colour down for good.
+        if (lack := passing(error)) is not None:
+            raise lack from None
         if isinstance(error, BundleError):
             raise
         raise BundleError(f"{bundle.label}: the model can't be loaded: {modules.summary(error)}") from error

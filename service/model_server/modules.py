@@ -127,11 +127,14 @@ def _load_state(module: torch.nn.Module, bundle: Bundle) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
-    """Read a state dict, and nothing else that ``torch.save`` may have written. Raises ValueError, OSError."""
+    """Read a state dict, and nothing else that ``torch.save`` may have written.
+
+    Raises ValueError, OSError, MemoryError.
+    """
     try:
         # No second try without weights_only: that would run whatever code the file holds.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     # PyTorch's own advice is long, and to trust the file.
     except Exception as error:

@@ -1,6 +1,7 @@
 """The forms that a model may come in: weights in each format, code alone, several in one bundle."""
 
 import base64
+import errno
 import hashlib
 import json
 import shutil
@@ -187,6 +188,48 @@ def test_model_imports_files_of_its_own_bundle(bundle_dir, edit):
     # Also when the file is imported only now, in a worker.
     loading.probe(models)
     assert not list(bundle_dir.rglob("__pycache__"))
+
+
+LACKS = [OSError(errno.EIO, "of the disk"), OSError(errno.EMFILE, "of files"), MemoryError("of memory")]
+
+
+def failing(error: BaseException):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", LACKS, ids=str)
+@pytest.mark.parametrize("weights_format", ["state_dict", "safetensors", "torchscript"])
+def test_what_the_machine_lacks_for_weights_is_no_fault_of_the_bundle(manifest, monkeypatch, weights_format, error):
+    place = {"state_dict": "torch.load", "safetensors": "safetensors.torch.load_file", "torchscript": "torch.jit.load"}
+    bundle = read(manifest(weights_format=weights_format, entry=None if weights_format == "torchscript" else ENTRY))
+    monkeypatch.setattr(place[weights_format], failing(error))
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        loading.load(bundle)
+    # What another start won't change.
+    monkeypatch.setattr(place[weights_format], failing(OSError(errno.EACCES, "of rights")))
+    with pytest.raises(BundleError, match="of rights"):
+        loading.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("import torch", "import torch\n\n{}"),
+        ("super().__init__()", "super().__init__()\n        {}"),
+        ("return self.layers(rows)", "{}"),
+    ],
+    ids=["import", "class", "prediction"],
+)
+@pytest.mark.parametrize("error", ["OSError(5, 'of the disk')", "OSError(24, 'of files')", "MemoryError('of memory')"])
+def test_what_the_machine_lacks_for_code_is_no_fault_of_the_bundle(bundle_dir, edit, old, new, error):
+    edit("model.py", old, new.format(f"raise {error}"))
+    with pytest.raises((OSError, MemoryError), match="of (the disk|files|memory)"):
+        loading.load(read(bundle_dir))
+    edit("model.py", error, "OSError(13, 'of rights')")
+    rejected(bundle_dir, "of rights")
 
 
 MIXES = "return self.layers(rows)", "return self.layers(rows).softmax(0)"
