@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rollout import compare
 from rollout.judge import Window
 
 # TorchServe's clients may send theirs with PUT.
@@ -156,6 +157,10 @@ def _parse(line: bytes) -> _Request | None:
         status = int(entry["status"])
         if status == 503 and not tried:
             # nginx's own, in maintenance: no colour was asked.
+            return None
+        refused = 400 <= status < 500 and status != _CLIENT_GONE
+        if refused and compare.prediction(entry["method"], entry["path"]) is None:
+            # What no release serves, asked for by a scanner or an outdated client, says nothing about this one.
             return None
         return _Request(entry["time"], entry["request_id"], entry["routed"], status, seconds)
     except (ValueError, KeyError, TypeError, AttributeError):

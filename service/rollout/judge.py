@@ -138,7 +138,7 @@ def refusals(new: Window, old: Window, config: Config) -> Check | None:
     # Only the other colour tells a client's mistakes from the release's.
     limit = config.judge_error_ceiling
     if old.requests >= config.judge_min_requests:
-        limit = max(config.judge_max_refused_share, config.judge_max_error_ratio * old.refused_share)
+        limit = min(1.0, max(config.judge_max_refused_share, config.judge_max_error_ratio * old.refused_share))
     served = PASS if new.refused + new.errors < new.requests else NO_DATA
     return Check(
         "refused",

@@ -473,6 +473,8 @@ class Engine:
         problems = f"; {'; '.join(pruned.problems)}" if pruned.problems else ""
         later = "" if present is None else "; images aren't looked at before the rollout has ended"
         removed = bool(pruned.releases or pruned.bundles or pruned.images)
+        if interrupted and not removed:
+            raise Failed(f"interrupted by {interrupted}; nothing was removed yet")
         return Result(
             pruned.describe() + later + problems,
             ok=interrupted is None,
@@ -604,11 +606,12 @@ class Engine:
             raise Refused(f"can't roll back to {target}: {fault.message}") from fault
         if dry_run:
             return self.would_switch("rollback", target, release, examples, state)
+        became_live = self.routing.became_live(state.live)
         result = self.switch("rollback", target, release, examples, state)
-        if state.command == "rollback":
+        if became_live is not None and became_live.command == "rollback":
             result.message += (
-                f"; {target} HAD BEEN LEFT by a rollback at {state.since}, which this one undoes: another one goes "
-                f"back to {state.live}"
+                f"; {target} HAD BEEN LEFT by a rollback at {became_live.since}, which this one undoes: another one "
+                f"goes back to {state.live}"
             )
         return result
 
@@ -736,7 +739,14 @@ class Engine:
 
     def _switch_back(self, command: str, target: str, state: State) -> int:
         why = f"{command} to {target} failed"
-        back = state._replace(since=now(), who=self.who, reason=why, command=command)
+        present = self.routing.read()
+        if present is not None and present.number < state.number:
+            # A full disk had sent the rollback to an older state. Anything that cleans up before this one is the
+            # present one again would take it for what a crash left.
+            self.routing.point_to(state.number)
+            return state.number
+        # It has become live by what made it so before, and not by what has failed.
+        back = state._replace(since=now(), who=self.who, reason=why)
         try:
             return self.routing.switch(back)[0].number
         except OSError:

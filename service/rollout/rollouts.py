@@ -410,9 +410,10 @@ class Rollouts:
             split=0, since=now(), who=self.engine.who, reason=self.engine.reason, command="rollback"
         )
         written, _ = self.routing.switch_back(wanted)
+        further = f"; another 'appliance rollback' goes back from {state.live}" if state.previous else ""
         return Result(
             f"rolled back: everybody is on {state.live} again, and {self.config.other(state.live)} serves none of the "
-            f"{state.split} % that it was given; another 'appliance rollback' goes back from {state.live}",
+            f"{state.split} % that it was given{further}",
             changed=True,
             details={"live": state.live, "state": written.number},
         )

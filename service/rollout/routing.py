@@ -210,8 +210,8 @@ class Routing:
                 return state.number
         return None
 
-    def live_since(self, colour: str) -> str | None:
-        """When a colour last became live with the release that it then had, as the state has it, or None.
+    def became_live(self, colour: str) -> State | None:
+        """The state in which a colour last became live with the release that it then had, or None.
 
         As far as the states that are kept tell, which for one that has been live for long is later than it was.
         """
@@ -221,7 +221,7 @@ class Routing:
                 first = state
             elif first is not None:
                 break
-        return first.since if first else None
+        return first
 
     def _until_now(self) -> Iterator[State]:
         """The states until the present one that can be read, the newest first. Raises RoutingBroken."""

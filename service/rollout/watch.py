@@ -274,8 +274,9 @@ class Trial:
         self._before = accesslog.before(config.access_log, begun.source, config.judge_window_seconds, *own)
         if len(self._before.seconds) < config.judge_min_requests:
             # What an earlier release of that colour did excuses nothing.
-            served = self._engine.routing.live_since(begun.source)
-            self._before = accesslog.before(config.access_log, begun.source, longest, *own, not_before=served)
+            served = self._engine.routing.became_live(begun.source)
+            earliest = served.since if served else None
+            self._before = accesslog.before(config.access_log, begun.source, longest, *own, not_before=earliest)
         self._restarts: int | None = None
         self._compared: deque[tuple[float, dict[str, float]]] = deque()
         self._count_shadow()

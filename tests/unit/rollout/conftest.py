@@ -22,7 +22,9 @@ from rollout_stand_ins import COLOURS, FakeFrontDoor, FakeHost  # noqa: E402
 
 # `python3 -m rollout`, with the box's Locust.
 ENGINE = """
-import pathlib, sys
+import pathlib, signal, sys
+# Whoever starts the tests in the background has it ignored, and what they start with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from rollout import cli, gate
 gate.LOCUST = pathlib.Path(sys.argv.pop(1))
 cli.run()

@@ -214,6 +214,7 @@ class FakeFrontDoor:
         line = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "method": handler.command,
+            "path": handler.path.partition("?")[0],
             "status": handler.sent,
             "request_id": handler.headers["X-Request-ID"],
             "routed": handler.routed,

@@ -19,10 +19,12 @@ def moment(ago):
     return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec="seconds")
 
 
-def line(routed="green", status=200, request_id="r1", method="POST", upstream="0.020", seconds=1.5, ago=0):
+def line(
+    routed="green", status=200, request_id="r1", method="POST", path="/predict", upstream="0.020", seconds=1.5, ago=0
+):
     time = moment(ago)
-    about = {"time": time, "method": method, "status": status, "request_id": request_id, "routed": routed}
-    return json.dumps(about | {"upstream_seconds": upstream, "request_seconds": seconds}) + "\n"
+    about = {"time": time, "method": method, "path": path, "status": status, "request_id": request_id}
+    return json.dumps(about | {"routed": routed, "upstream_seconds": upstream, "request_seconds": seconds}) + "\n"
 
 
 def write(path, *lines):
@@ -78,6 +80,17 @@ def test_what_was_put_is_a_prediction_too(path):
     write(path, line(method="PUT", status=500), line(method="PUT"))
     log.read()
     assert numbers(log) == (2, 1, [0.02])
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_who_asks_for_no_prediction_isnt_refused_one(path, method):
+    log = AccessLog(path, "appliance-word-7-", "appliance-word-", 60)
+    refused = [line(method=method, path=asked, status=404) for asked in ("/wp-login.php", "/v2/predict", "-")]
+    renamed = "/predictions/of-another-name"
+    write(path, *refused, line(method="PUT", path=renamed, status=404), line(path="/jobs", status=500))
+    log.read()
+    window = log.clients("green", 0)
+    assert (window.requests, window.refused, window.errors) == (2, 1, 1)
 
 
 def test_who_went_away_is_kept_apart_with_the_time_waited(path):

@@ -58,6 +58,7 @@ def test_without_one_good_answer_it_never_passes(count):
         (Window(1000, refused=150), Window(1000, refused=100), PASS),  # mistakes that both are sent
         (Window(1000, refused=1000), Window(1000, refused=900), NO_DATA),  # nor did it answer anybody well
         (Window(1000, 100, refused=900), Window(1000, refused=900), NO_DATA),
+        (Window(1000, refused=900), Window(1000, refused=700), PASS),  # no share is larger than all
         (Window(100, refused=40), window(20), PASS),  # with nothing to compare with
         (Window(100, refused=90), window(20), FAIL),
     ],
@@ -65,6 +66,7 @@ def test_without_one_good_answer_it_never_passes(count):
 def test_refusals(new, old, verdict):
     check = judge.refusals(new, old, CONFIG)
     assert (check and check.verdict) == verdict
+    assert check is None or check.limit <= 1
 
 
 @pytest.mark.parametrize(("ms", "seconds"), [(1, 0.25), (100, 0.3), (1000, 3.0), (2000, 5.0), (4000, 5.0), (8000, 8.0)])

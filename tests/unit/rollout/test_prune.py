@@ -246,6 +246,8 @@ def test_a_signal_says_what_was_removed_before(world, monkeypatch):
     result = world.engine.prune()
     assert (result.ok, result.changed, result.exit_status, result.details["releases"]) == (False, True, 1, [1, 2])
     assert result.message == "removed 2 releases, 2 bundles; interrupted by SIGINT: run it again for the rest"
+    with pytest.raises(Failed, match="interrupted by SIGINT; nothing was removed"):
+        world.engine.prune()
 
 
 def test_a_time_that_isnt_understood_removes_no_image(world):

@@ -809,14 +809,16 @@ def test_a_rollback_ends_a_share_by_hand(rollout):
     assert rollout.state.split == 25
     answer = rollout.run("rollback")
     assert (answer.status, rollout.state.live, rollout.state.split) == (0, "blue", 0), answer.message
-    assert "everybody is on blue again" in answer.message
+    assert "everybody is on blue again" in answer.message and "goes back from" not in answer.message
     # It isn't a switch: that is still to be had, from where there is one.
     assert "nothing to roll back to" in rollout.run("rollback").message
     rollout.configure(bake_seconds=0)
     rollout.run("swap")
     rollout.run("split", "5")
-    assert rollout.run("rollback").status == 0 and rollout.state.live == "green"
-    assert rollout.run("rollback").status == 0 and rollout.state.live == "blue"
+    ended = rollout.run("rollback")
+    assert ended.status == 0 and rollout.state.live == "green" and "goes back from green" in ended.message
+    answer = rollout.run("rollback")
+    assert answer.status == 0 and rollout.state.live == "blue" and "HAD BEEN" not in answer.message
 
 
 def test_on_a_full_disk_no_share_by_hand_comes_back(rollout, monkeypatch):

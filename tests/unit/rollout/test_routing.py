@@ -33,11 +33,11 @@ def at(minute, live, release, **more):
 
 
 def test_how_long_a_colour_has_served_its_release_is_known(routing):
-    assert routing.live_since("blue") is None
+    assert routing.became_live("blue") is None
     for minute, live, release in ((1, "blue", 1), (2, "green", 2), (3, "blue", 3), (4, "blue", 3), (5, "green", 4)):
         routing.switch(at(minute, live, release, split=minute % 2))
-    assert routing.live_since("blue") == "2026-01-31T12:03:00Z"
-    assert routing.live_since("green") == "2026-01-31T12:05:00Z"
+    assert routing.became_live("blue").since == "2026-01-31T12:03:00Z"
+    assert routing.became_live("green").since == "2026-01-31T12:05:00Z"
 
 
 @pytest.mark.parametrize("percent", [1, 5, 100])

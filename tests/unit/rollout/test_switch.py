@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rollout import audit, drain
+from rollout import audit, drain, files
 from rollout.bundles import difference
 from rollout.errors import Refused
 from rollout_stand_ins import wait_for
@@ -359,6 +359,34 @@ def test_rollback_twice(box):
     assert (second.status, second.json["live"], second.json["previous"]) == (0, "green", "blue")
     # Who pressed twice in a hurry must see what they did.
     assert "green HAD BEEN LEFT by a rollback" in second.message and "HAD BEEN" not in first.message
+    # Nor is that forgotten over what changes nobody's colour.
+    assert box.run("rollback").status == 0 and box.run("maintenance", "on").status == 0
+    assert box.run("maintenance", "off").status == 0
+    assert "green HAD BEEN LEFT by a rollback" in box.run("rollback").message
+
+
+def test_what_a_rollback_left_is_told_from_what_one_failed_to_reach(box):
+    box.live_on_blue()
+    box.run("swap")
+    box.door.faults.add("blue")
+    assert "switched back to green" in box.run("rollback").message
+    box.door.faults.clear()
+    again = box.run("rollback")
+    assert (again.status, again.json["live"]) == (0, "blue") and "HAD BEEN" not in again.message
+
+
+def test_a_rollback_that_fails_on_a_full_disk_leaves_production_as_it_was(box, monkeypatch):
+    box.live_on_blue()
+    box.run("swap")
+    box.door.faults.add("blue")
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "write_new", full)
+    answer = box.run("rollback")
+    assert answer.status == 1 and "switched back to green" in answer.message, answer.message
+    assert (box.state.live, box.state.number) == ("green", 2)
 
 
 def test_rollback_refuses_what_isnt_as_it_was(box):

@@ -28,9 +28,9 @@ def begin(box, *more):
     return closing(Trial(config.load(box.config), plan.read(box.state_dir / "rollout.json")))
 
 
-def write(box, colour, count, seconds=0.02, status=200, ahead=0):
+def write(box, colour, count, seconds=0.02, status=200, ahead=0, path="/predict"):
     moment = datetime.now(UTC) + timedelta(days=ahead)
-    about = {"time": moment.isoformat(), "method": "POST", "request_id": "r", "routed": colour}
+    about = {"time": moment.isoformat(), "method": "POST", "path": path, "request_id": "r", "routed": colour}
     line = json.dumps({**about, "status": status, "request_seconds": seconds, "upstream_seconds": str(seconds)})
     with box.door.access_log.open("a") as stream:
         stream.write(f"{line}\n" * count)
