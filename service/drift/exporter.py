@@ -26,6 +26,9 @@ class Collector:
         expired = CounterMetricFamily(
             "training_rows_expired", "Messages that Kafka removed before they were read.", labels=["model"]
         )
+        last_expired = _gauge(
+            "training_last_expired_timestamp_seconds", "When it was last noticed that messages had expired unread."
+        )
         last = _gauge("training_last_message_timestamp_seconds", "Latest timestamp of a message.")
         lag = _gauge("training_consumer_lag", "Messages that aren't in the statistics yet.")
         count = _gauge("training_feature_count", "Values of a feature in the training rows.", "feature", "reference")
@@ -42,6 +45,8 @@ class Collector:
             for status, number in state.rows.items():
                 rows.add_metric([model, status, published.reference.digest], number)
             expired.add_metric([model], state.expired)
+            if state.last_expired is not None:
+                last_expired.add_metric([model], state.last_expired)
             if state.last_message is not None:
                 last.add_metric([model], state.last_message)
             if published.lag is not None:
@@ -55,7 +60,7 @@ class Collector:
                 std.add_metric(labels, statistics.std)
                 for number, share in enumerate(statistics.ratios()):
                     ratio.add_metric([*labels, f"{number:02}"], share)
-        yield from (connected, loaded, rows, expired, last, lag, count, mean, std, ratio)
+        yield from (connected, loaded, rows, expired, last_expired, last, lag, count, mean, std, ratio)
 
 
 def _gauge(name: str, words: str, *labels: str) -> GaugeMetricFamily:

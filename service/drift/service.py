@@ -197,6 +197,7 @@ class Service:
                     "%s/%d: %d messages expired before they were read", track.topic, partition, low - offset
                 )
                 known.expired += low - offset
+                known.last_expired = time.time()
                 known.offsets[partition] = low
             track.ends[partition] = high
         track.is_changed = True

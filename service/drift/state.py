@@ -28,13 +28,15 @@ class State:
     """Statistics of a topic's rows up to `offsets`, the next offset of each partition.
 
     `rows` counts messages by their status. `expired` counts those that Kafka had removed before they were read.
-    `last_message` is the latest timestamp of a message, in seconds since the epoch. `cluster` is Kafka's own id.
+    `last_expired`, when that was last noticed, and `last_message`, the latest timestamp of a message, are in seconds
+    since the epoch. `cluster` is Kafka's own id.
     """
 
     features: list[FeatureStatistics]
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
     offsets: dict[int, int] = field(default_factory=dict)
     expired: int = 0
+    last_expired: float | None = None
     last_message: float | None = None
     cluster: str | None = None
 
@@ -87,6 +89,8 @@ def _state(raw: dict[str, Any]) -> State:
         rows={status: int(raw["rows"][status]) for status in STATUSES},
         offsets={int(partition): int(offset) for partition, offset in raw["offsets"].items()},
         expired=int(raw["expired"]),
+        # A file of an earlier release of the service doesn't say.
+        last_expired=raw.get("last_expired"),
         last_message=raw["last_message"],
         cluster=raw["cluster"],
     )

@@ -222,28 +222,35 @@ DASHBOARD = Dashboard(
                 timeseries(
                     "Rows read",
                     "Rows of training data per second: good ones, and those that were malformed, didn't fit the "
-                    "model's features, or lacked values; expired are those that Kafka removed before they were read.",
+                    "model's features, or lacked values.",
                     "rowsps",
                     Query(
                         f"sum by (model, status) (rate(training_rows_total{{{MODEL}}}[$__rate_interval]))",
                         "{{model}} {{status}}",
                     ),
-                    Query(
-                        f"sum by (model) (rate(training_rows_expired_total{{{MODEL}}}[$__rate_interval]))",
-                        "{{model}} expired",
-                    ),
+                    width=6,
+                ),
+                timeseries(
+                    "Rows lost",
+                    "Rows that Kafka removed before they were read, all so far of the live version. A step is a loss, "
+                    "also over a gap in which the service was down.",
+                    "short",
+                    Query(f"sum by (model) (training_rows_expired_total{{{MODEL}}})", "{{model}}"),
+                    width=6,
                 ),
                 timeseries(
                     "Rows not read yet",
                     "Rows that lie in the topic. Growing without end, the service is too slow or stands still.",
                     "short",
                     Query(f"sum by (model) (training_consumer_lag{{{MODEL}}})", "{{model}}"),
+                    width=6,
                 ),
                 timeseries(
                     "Age of the last row",
                     "How long ago the last row of training data came.",
                     "s",
                     Query(f"time() - max by (model) (training_last_message_timestamp_seconds{{{MODEL}}})", "{{model}}"),
+                    width=6,
                 ),
                 table(
                     "Training's statistics",

@@ -96,9 +96,22 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     known, state = state_of()
     state.add([b'{"data": [0.1, 1e38]}', b'{"data": [0.3, null]}', b"?"], known)
     state.offsets, state.cluster, state.last_message, state.expired = {0: 3, 12: 1}, "abc", 1.7e9, 2
+    state.last_expired = 1.6e9
     save(tmp_path / "state.json", state, known)
     assert load(tmp_path / "state.json", known) == state
     assert load(tmp_path / "other.json", known) is None
+
+
+def test_a_state_that_does_not_say_when_rows_expired_is_still_good(tmp_path):
+    """The service's first release kept only how many."""
+    known, state = state_of()
+    state.expired, state.offsets = 2, {0: 3}
+    path = tmp_path / "state.json"
+    save(path, state, known)
+    content = json.loads(path.read_bytes())
+    assert content.pop("last_expired") is None
+    path.write_text(json.dumps(content))
+    assert load(path, known) == state
 
 
 def test_a_state_of_another_reference_is_refused(tmp_path):

@@ -358,9 +358,11 @@ def test_messages_that_expired_unread_are_counted(box, kafka):
     kafka.send("rows", *as_rows(drawn(10)), partition=0)
     running(box, kafka)
     has_rows(box, 10)
+    assert box.metric("training_last_expired_timestamp_seconds") is None
     box.terminate()
     # The mock keeps 5 MiB of a partition.
     kafka.send("rows", *({"data": [0, 0], "padding": "x" * 500_000} for _ in range(30)), partition=0)
+    begin = time.time()
     box.start()
 
     def everything_is_accounted_for():
@@ -368,6 +370,12 @@ def test_messages_that_expired_unread_are_counted(box, kafka):
         return expired > 0 and box.rows() + expired == 40
 
     wait_until(everything_is_accounted_for)
+    noticed = box.metric("training_last_expired_timestamp_seconds", model="simplemodel")
+    assert begin < noticed < time.time()
+    box.terminate()
+    box.start()
+    wait_until(everything_is_accounted_for)
+    assert box.metric("training_last_expired_timestamp_seconds", model="simplemodel") == noticed
 
 
 def test_messages_that_expire_while_the_service_runs_are_counted(box, kafka):
@@ -385,6 +393,7 @@ def test_messages_that_expire_while_the_service_runs_are_counted(box, kafka):
         return expired > 0 and box.rows() + expired == 61
 
     wait_until(everything_is_accounted_for)
+    assert box.metric("training_last_expired_timestamp_seconds") == pytest.approx(time.time(), abs=600)
 
 
 def test_a_damaged_state_is_set_aside_and_the_topic_read_again(box, kafka):
