@@ -104,10 +104,12 @@ def _is_local(url: str) -> bool:
 
 def _pip_settings() -> dict[str, str]:
     """pip's settings of this user: read from its files and variables, because a system's Python may lack pip."""
-    files = [Path("/etc/pip.conf"), Path.home() / ".pip/pip.conf", Path.home() / ".config/pip/pip.conf"]
-    files.append(Path(os.environ.get("PIP_CONFIG_FILE", os.devnull)))
+    machine = os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg"
+    user = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    files = [*(f"{directory}/pip/pip.conf" for directory in machine.split(":")), "/etc/pip.conf"]
+    files += ["~/.pip/pip.conf", f"{user}/pip/pip.conf", os.environ.get("PIP_CONFIG_FILE", os.devnull)]
     parser = configparser.RawConfigParser()
-    parser.read(files)
+    parser.read(os.path.expanduser(file) for file in files)
     settings = {
         key: " ".join(value.split())
         for section in ("global", "install")

@@ -604,7 +604,7 @@ MISTAKES = {
     "no manifest": (lambda bundle: (bundle / "manifest.yaml").unlink(), "{}/manifest.yaml is missing"),
     "no checksums": (
         lambda bundle: (bundle / "SHA256SUMS").unlink(),
-        '{0}/SHA256SUMS is missing: `make bundle ARGS="sums {0}"`',
+        '{0}/SHA256SUMS is missing: `make bundle ARGS="sums DIRECTORY"`',
     ),
     "no text": (lambda bundle: (bundle / "SHA256SUMS").write_bytes(b"\xff"), "{}/SHA256SUMS isn't text in UTF-8"),
     "a linked manifest": (in_place_of("manifest.yaml", link), "{}/manifest.yaml must be a regular file; it is a link"),

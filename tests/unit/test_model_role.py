@@ -90,7 +90,7 @@ def test_authorities_that_would_replace_each_other_are_refused(tmp_path, role, s
     said = preflight(tmp_path, role, **{setting: ["/one/proxy.pem", "/two/proxy.crt"]})
     assert f"Files of {setting} would replace each other" in said
     assert "/one/proxy.pem, /two/proxy.crt. Rename one of them." in said
-    said = preflight(tmp_path, role, **{setting: ["/one/proxy.pem", "/one/proxy.pem", "/two/other.pem"]})
+    said = preflight(tmp_path, role, **{setting: ["/one/proxy.pem", "/one/proxy.pem", "/two/Proxy.pem"]})
     assert "replace each other" not in said and "Check that each certificate authority has a name of its own" in said
 
 

@@ -56,7 +56,8 @@ def describe(directory: Path) -> dict[str, Any]:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise ValueError(f"{manifest}: {field} must be {words}; it is {json.dumps(value, default=str)[:100]}")
         found[field] = value
-    text = _read(sums, f'`make bundle ARGS="sums {directory}"` writes it')
+    # Not with this directory, which may be what an archive was unpacked to for a moment.
+    text = _read(sums, '`make bundle ARGS="sums DIRECTORY"` writes it, for the directory that the bundle was made in')
     sizes = list(_sizes(directory))
     return found | {"digest": hashlib.sha256(text.encode()).hexdigest(), "size": sum(sizes), "largest": max(sizes)}
 

@@ -111,6 +111,19 @@ def test_pip_settings_of_the_environment_win(monkeypatch, tmp_path):
     assert (settings["index-url"], settings["find-links"]) == ("https://environment", "a b")
 
 
+def test_pip_settings_are_looked_for_where_pip_does(monkeypatch, tmp_path):
+    for name, text in (("machine", "retries = 7\nindex-url = https://machine"), ("user", "index-url = https://user")):
+        (tmp_path / name / "pip").mkdir(parents=True)
+        (tmp_path / name / "pip/pip.conf").write_text(f"[global]\n{text}\n")
+    monkeypatch.setenv("XDG_CONFIG_DIRS", f"{tmp_path}/none:{tmp_path}/machine")
+    monkeypatch.setenv("XDG_CONFIG_HOME", f"{tmp_path}/user")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("CONFIG_FILE", "INDEX_URL"):
+        monkeypatch.delenv(f"PIP_{name}", raising=False)
+    settings = controller._pip_settings()
+    assert (settings["index-url"], settings["retries"]) == ("https://user", "7")
+
+
 def test_the_cpu_index_of_pytorch_is_the_default(monkeypatch):
     monkeypatch.setattr(controller, "_pip_settings", dict)
     assert controller.package_sources()["pip_extra_index_urls"] == [controller.TORCH_INDEX]
