@@ -301,9 +301,14 @@ def shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
-def same(expected: Any, actual: Any, tolerance: float) -> bool:
-    """Whether two JSON values agree: numbers within the absolute ``tolerance``, everything else exactly."""
+def same(expected: Any, actual: Any, tolerance: float, rounding: float = 0.0) -> bool:
+    """Whether two JSON values agree: numbers within the absolute ``tolerance``, everything else exactly.
+
+    What isn't a whole number may differ by the part ``rounding`` of itself besides.
+    """
     if _is_number(expected) and _is_number(actual):
+        if isinstance(expected, float):
+            tolerance += rounding * math.fabs(expected)
         try:
             return math.fabs(expected - actual) <= tolerance
         except OverflowError:
@@ -312,11 +317,11 @@ def same(expected: Any, actual: Any, tolerance: float) -> bool:
         return False
     if isinstance(expected, list):
         return len(expected) == len(actual) and all(
-            same(left, right, tolerance) for left, right in zip(expected, actual, strict=True)
+            same(left, right, tolerance, rounding) for left, right in zip(expected, actual, strict=True)
         )
     if isinstance(expected, dict):
         return expected.keys() == actual.keys() and all(
-            same(value, actual[key], tolerance) for key, value in expected.items()
+            same(value, actual[key], tolerance, rounding) for key, value in expected.items()
         )
     return expected == actual
 

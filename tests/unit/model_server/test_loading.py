@@ -294,6 +294,48 @@ def test_rounding_in_a_batch_is_no_dependence(bundle_dir, edit, manifest):
     rejected(bundle_dir, "depend on their neighbours")
 
 
+@pytest.mark.parametrize(
+    ("alone", "together", "agree"),
+    [
+        ([1e5, 0.3], [1e5, 0.9], False),
+        ([1e5, 0.3], [1e5 + 0.5, 0.9], False),
+        ([-1e9, 0.3], [-1e9, 0.9], False),
+        # What a sum of large numbers leaves.
+        ([1e5, 0.3], [1e5 + 0.5, 0.35], True),
+        ([50.0, 0.3], [50.04, 0.3002], True),
+        ([50.0, 0.3], [50.06, 0.3], False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tensor", "json"])
+def test_rounding_is_judged_number_by_number(bundle_dir, edit, manifest, kind, alone, together, agree):
+    edit("model.py", "self.layers(rows)", f"torch.tensor([{together} if len(rows) > 1 else {alone}] * len(rows))")
+    if kind == "json":
+        postprocess = "def postprocess(self, output):\n        return output.tolist()\n\n    "
+        edit("model.py", "def forward(", f"{postprocess}def forward(")
+    one_row(bundle_dir, alone, 1e-6)
+    manifest(output={"kind": "json"} if kind == "json" else {"shape": [2], "dtype": "float32"})
+    if agree:
+        assert loading.load(read(bundle_dir))
+    else:
+        rejected(bundle_dir, "depend on their neighbours")
+
+
+def test_a_wide_tolerance_holds_for_both_answers(bundle_dir, edit, manifest):
+    edit("model.py", "self.layers(rows)", "(rows * 0 + (1.09 if len(rows) > 1 else 0.91))[:, :1]")
+    one_row(bundle_dir, 1.0, 0.1)
+    assert loading.load(read(manifest()))
+    edit("model.py", "1.09", "1.12")
+    rejected(bundle_dir, "depend on their neighbours")
+
+
+def test_answers_that_are_never_the_same_are_not_blamed_on_neighbours(bundle_dir, edit, manifest):
+    # Each call gets its number. The example is the fifth, after those of the warm-up.
+    edit("model.py", "super().__init__()", "super().__init__()\n        self.calls = 0")
+    edit("model.py", "return self.layers(rows)", "self.calls += 1\n        return (rows * 0 + self.calls)[:, :1]")
+    one_row(bundle_dir, 5.0)
+    assert loading.load(read(manifest()))
+
+
 @pytest.fixture
 def collection(tmp_path):
     """A bundle with two models, one and two, which have files of the same names; two's outputs are doubled."""
