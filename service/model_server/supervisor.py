@@ -34,8 +34,8 @@ _SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
 _STARTING_TURN_SECONDS = 0.02
 _TURN_SECONDS = 5.0
 # Given to a job beyond its time, in which the process for jobs ends it by itself, unless the model's code lets no other
-# thread run.
-_JOB_MARGIN_SECONDS = 10.0
+# thread run. Its turn, and each wait for a file that others write to, may take five seconds, and there are several.
+_JOB_MARGIN_SECONDS = 30.0
 # Given to workers beyond their drain before they are killed.
 _KILL_MARGIN_SECONDS = 2.0
 _CONTROL_STOP_SECONDS = 3.0

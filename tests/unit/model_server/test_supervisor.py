@@ -69,7 +69,7 @@ def test_process_whose_job_never_ends_is_killed_once(tmp_path, monkeypatch):
     now = supervisor.time.monotonic_ns()
     parent._kill_hung()
     parent._state.set_job_running(True)
-    for seconds, expected in ((69, []), (71, [5]), (72, [5])):
+    for seconds, expected in ((89, []), (91, [5]), (92, [5])):
         monkeypatch.setattr("model_server.state.time.monotonic_ns", lambda age=seconds: now + age * 10**9)
         parent._kill_hung()
         assert killed == expected
