@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from edge_box import answer
+from edge_box import WORKERS, Edge, Listener, answer
 from swap_client import Settings, SwapLoad, Switch, summarise
 
 pytestmark = pytest.mark.needs("nginx")
@@ -361,3 +364,69 @@ def test_no_request_is_lost_in_a_swap(edge, more):
     assert summary.reconnects == 0
     assert summary.wrong_colour == 0
     assert summary.requests > 200
+
+
+@pytest.fixture
+def short_directory():
+    # As for the edge that the other tests share.
+    with tempfile.TemporaryDirectory(prefix="edge-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+@contextlib.contextmanager
+def workers_that(run, answers):
+    """The live colour's workers do so with every request; yields those that they got."""
+    got = []
+
+    def took(request):
+        got.append(request)
+        return answers(request)
+
+    with contextlib.ExitStack() as stack:
+        for number in range(WORKERS):
+            stack.callback(Listener(run / "blue" / f"worker-{number}.sock", took).stop)
+        yield got
+
+
+def dies(_):
+    raise ConnectionAbortedError
+
+
+@pytest.mark.parametrize(("method", "takers"), [("POST", 1), ("PUT", WORKERS)])
+def test_who_gets_a_request_that_kills_workers(edge, colours, method, takers):
+    """nginx can't be kept from sending a PUT again; the runbook of workers that restart says so."""
+    with colours["blue"].down(), workers_that(edge.run, dies) as got:
+        found = edge.ask("/predictions/simplemodel", method=method)
+        assert found.status == 502 and error(found)
+    assert len(got) == takers
+    assert len(logged(edge, found)["upstream"].split(", ")) == takers
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_worker_that_cannot_be_reached_costs_no_request(edge, colours, method):
+    with colours["blue"].down():
+        ready = Listener(edge.run / "blue" / "worker-1.sock", lambda _: NO_CONTENT)
+        try:
+            assert {edge.ask("/predictions/simplemodel", method=method).status for _ in range(6)} == {204}
+        finally:
+            ready.stop()
+
+
+def test_a_request_that_hangs_takes_no_second_worker(short_directory):
+    edge = Edge(short_directory)
+    edge.configuration, shorter = re.subn(r"proxy_read_timeout \d+s;", "proxy_read_timeout 1s;", edge.configuration)
+    assert shorter == 1
+    edge.route("blue")
+    over = threading.Event()
+
+    def hangs(_):
+        over.wait()
+        raise ConnectionAbortedError
+
+    with edge.running(), workers_that(edge.run, hangs) as got:
+        try:
+            for number, method in enumerate(("POST", "PUT"), 1):
+                assert edge.ask("/predictions/simplemodel", method=method).status == 504
+                assert len(got) == number
+        finally:
+            over.set()
