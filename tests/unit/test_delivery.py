@@ -412,6 +412,19 @@ def test_an_archive_is_recorded_as_where_it_lies(site, edited):
     assert f":{archive} --revision {revision} --who carol" in call
 
 
+@pytest.mark.parametrize(("status", "goes_on"), [(1, True), (127, False)])
+def test_leftovers_that_cannot_be_removed_are_told_and_hinder_nothing(site, status, goes_on):
+    archive = site.root / "model.tar.gz"
+    with tarfile.open(archive, "w:gz") as made:
+        made.add(site.source, arcname="1.1.0")
+    (site.bin / "find").write_text(f'#!/bin/sh\necho "find: it is kept" >&2\nexit {status}\n')
+    (site.bin / "find").chmod(0o755)
+    find = {"ansible.builtin.import_tasks": str(PROJECT / "playbooks/tasks/find_bundle.yml")}
+    told, ended = site.play(find, bundle=str(archive))
+    assert (ended == 0) is goes_on, told
+    assert ("could be removed: find: it is kept. Remove it by hand." in told) is goes_on
+
+
 def unpack(archive, directory):
     program = PROJECT / "playbooks/files/unpack_bundle.py"
     directory.mkdir()
