@@ -119,6 +119,24 @@ def start_soon(unit: str) -> str | None:
     return None if answer.returncode == 0 else tidy(answer.stderr) or f"exit status {answer.returncode}"
 
 
+class Processor(NamedTuple):
+    """What the processors have done since the boot, in clock ticks of all of them together."""
+
+    ran: int
+    # The programs were ready to run, and the hypervisor let other machines run instead.
+    stolen: int
+
+
+def processor() -> Processor | None:
+    """The processors' times, of proc_stat(5), or None where they can't be told."""
+    try:
+        line = Path("/proc/stat").read_text().splitlines()[0]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(value) for value in line.split()[1:9])
+    except (OSError, IndexError, ValueError):
+        return None
+    return Processor(user + nice + system + irq + softirq, steal)
+
+
 def boot() -> str | None:
     """What no two boots of this host have in common, or None where it can't be told."""
     try:

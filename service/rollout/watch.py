@@ -39,6 +39,8 @@ _ENOUGH_ERRORS = 3
 # In a bake the times of clients are compared with those of another time, in which there was another load. So long they
 # condemn nobody, or for half of a shorter bake: bursts are over by then. Errors and health count from the first moment.
 _SETTLING_SECONDS = 15.0
+# Nor do they while more than such a share of the time in which the host's programs would have run went elsewhere.
+_STOLEN_SHARE = 0.1
 # After a boot, or after what hit both colours, the new one may be ready later than the old one. For so long the errors
 # of its clients condemn it as little as its health does.
 _STARTING_SECONDS = 10.0
@@ -211,8 +213,9 @@ class Watch:
     def _leave(self, present: Plan, reason: str, checks: list[Check]) -> str | None:
         """End a bake without a verdict: no data is no fail, and everybody has the new colour already."""
         engine = self._engine(present.who)
-        hint = f"look whether {self.config.access_log} is written and whether the disk is full"
-        result = engine.run("bake", lambda: Rollouts(engine).leave(present.number, f"{reason}; {hint}"))
+        if any((check.name, check.verdict) == ("errors", NO_DATA) for check in checks):
+            reason += f"; look whether {self.config.access_log} is written and whether the disk is full"
+        result = engine.run("bake", lambda: Rollouts(engine).leave(present.number, reason))
         progress(result.message)
         if result.exit_status == LockHeld.exit_status:
             return None
@@ -278,6 +281,7 @@ class Trial:
             earliest = served.since if served else None
             self._before = accesslog.before(config.access_log, begun.source, longest, *own, not_before=earliest)
         self._restarts: int | None = None
+        self._processor: deque[tuple[float, host.Processor]] = deque()
         self._compared: deque[tuple[float, dict[str, float]]] = deque()
         self._count_shadow()
         self._began = self._since = self._calm = time.monotonic()
@@ -357,11 +361,35 @@ class Trial:
             times = judge.latencies(new, old, self.config)
         else:
             times = judge.latencies(own_new, own_old, self.config, comparable=self._synthetic.alike)
-        if baking and enough and self.elapsed < min(_SETTLING_SECONDS, self.wanted_seconds / 2):
-            times = [replace(check, verdict=NO_DATA) if check.verdict == FAIL else check for check in times]
+        stolen = self._stolen()
+        if baking and enough:
+            times = [self._at_another_time(check, stolen) for check in times]
         checks += times
         shadow = self._shadow()
         return checks + ([shadow] if shadow else [])
+
+    def _at_another_time(self, check: Check, stolen: float) -> Check:
+        """A check of times, measured by those of another time; it condemns nobody for what has changed besides."""
+        if check.verdict != FAIL:
+            return check
+        if stolen > _STOLEN_SHARE:
+            lacked = f"{stolen:.0%} of the processor's time was taken by other machines"
+            return replace(check, verdict=NO_DATA, text=f"{check.text}, while {lacked}")
+        early = self.elapsed < min(_SETTLING_SECONDS, self.wanted_seconds / 2)
+        return replace(check, verdict=NO_DATA) if early else check
+
+    def _stolen(self) -> float:
+        """The share of the processors' time that went to other machines, of what the host wanted within the window."""
+        at, now, seen = time.monotonic(), host.processor(), self._processor
+        if now is not None:
+            seen.append((at, now))
+        while len(seen) > 2 and seen[1][0] <= at - self.config.judge_window_seconds:
+            seen.popleft()
+        if not seen:
+            return 0.0
+        (_, first), (_, last) = seen[0], seen[-1]
+        ran, stolen = last.ran - first.ran, last.stolen - first.stolen
+        return stolen / (ran + stolen) if stolen > 0 else 0.0
 
     def _clients(self, earliest: float, baking: bool) -> tuple[Window, Window]:
         """What clients got from both colours, within the window, or a longer one where that says too little."""

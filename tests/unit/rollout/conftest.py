@@ -16,7 +16,7 @@ import pytest
 SERVICE = Path(__file__).resolve().parents[3] / "service"
 sys.path[:0] = [str(SERVICE), str(Path(__file__).parent)]
 
-from rollout import cli, gate  # noqa: E402
+from rollout import cli, gate, host  # noqa: E402
 from rollout.operations import Engine  # noqa: E402
 from rollout_stand_ins import COLOURS, FakeFrontDoor, FakeHost  # noqa: E402
 
@@ -173,6 +173,8 @@ def box(monkeypatch, capsys):
     box.capsys = capsys
     monkeypatch.setenv("PATH", f"{box.host.programs}:{os.environ['PATH']}")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{box.host.docker_socket}")
+    # What other machines take from this one says nothing about the engine.
+    monkeypatch.setattr(host, "processor", lambda: host.Processor(0, 0))
     run = subprocess.run
     # The engine's commands only: a test may run programs of its own.
     mine = lambda command: Path(command[0]).parent == box.host.programs  # noqa: E731

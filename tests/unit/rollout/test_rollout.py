@@ -220,6 +220,20 @@ def test_no_two_boots_are_alike(monkeypatch):
     assert host.boot() is None
 
 
+def test_the_processors_times(monkeypatch):
+    read = Path.read_text
+    here = host.processor()
+    assert here.ran > 0 and here.stolen >= 0
+    lines = "cpu  1 20 300 4000 50000 600000 7000000 80000000 9 9\ncpu0 1 1 1 1 1 1 1 1 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: lines if str(path) == "/proc/stat" else read(path))
+    assert host.processor() == (7600321, 80000000)
+    # A kernel that knows no stolen time.
+    lines = "cpu  1 2 3 4 5 6 7\n"
+    assert host.processor() is None
+    lines = ""
+    assert host.processor() is None
+
+
 def test_an_old_colour_that_is_dead_itself_is_no_way_back(rollout):
     rollout.configure(bake_seconds=20)
     assert faulty(rollout, "some-500").run("swap").status == 0

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from rollout import config, plan, watch
+from rollout import config, host, plan, watch
 from rollout.judge import FAIL, NO_DATA, PASS
 from rollout.watch import Trial
 from rollout_stand_ins import serve, wait_for
@@ -121,6 +121,52 @@ def test_what_failed_while_it_started_condemns_nobody(canary):
         assert look(trial)["errors"].verdict == PASS
         write(canary, "green", 20, status=502)
         assert look(trial)["errors"].verdict == FAIL
+
+
+@pytest.fixture
+def processors(monkeypatch):
+    """What the processors have done: the test sets it."""
+    times = SimpleNamespace(ran=1000, stolen=5000)
+    monkeypatch.setattr(host, "processor", lambda: host.Processor(times.ran, times.stolen))
+    return times
+
+
+def bake(box):
+    write(box, "blue", 500)
+    assert box.run("swap").status == 0
+    return closing(Trial(config.load(box.config), plan.read(box.state_dir / "rollout.json")))
+
+
+def test_a_bake_doesnt_blame_the_release_for_what_other_machines_took(canary, processors, monkeypatch):
+    monkeypatch.setattr(watch, "_SETTLING_SECONDS", 0.0)
+    real = time.monotonic
+    with bake(canary) as trial:
+        write(canary, "green", 50)
+        assert look(trial)["p50"].verdict == PASS
+        write(canary, "green", 500, seconds=0.2)
+        processors.ran, processors.stolen = processors.ran + 85, processors.stolen + 15
+        found = look(trial)
+        assert (found["p50"].verdict, found["errors"].verdict) == (NO_DATA, PASS), found
+        assert "15% of the processor's time was taken by other machines" in found["p50"].text, found
+        write(canary, "green", 500, status=500)
+        assert look(trial)["errors"].verdict == FAIL
+        # Nor is anything forgiven once that is longer ago than the window.
+        monkeypatch.setattr(time, "monotonic", lambda: real() + 61)
+        processors.ran += 20
+        write(canary, "green", 500, seconds=0.2)
+        assert look(trial)["p50"].verdict == FAIL
+
+
+@pytest.mark.parametrize("phase", ["bake", "canary"])
+def test_a_slow_release_is_slow_on_a_quiet_host_and_beside_a_live_one(canary, processors, monkeypatch, phase):
+    monkeypatch.setattr(watch, "_SETTLING_SECONDS", 0.0)
+    with bake(canary) if phase == "bake" else begin(canary) as trial:
+        look(trial)
+        for colour, seconds in (("blue", 0.02), ("green", 0.2)):
+            write(canary, colour, 500, seconds)
+        share = {"bake": 10, "canary": 90}[phase]
+        processors.ran, processors.stolen = processors.ran + 100 - share, processors.stolen + share
+        assert look(trial)["p50"].verdict == FAIL
 
 
 def place(box, fault, data=(1.0, 2.0)):
