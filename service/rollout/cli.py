@@ -185,7 +185,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Callable[..., object]], None]]] =
     ),
     "shadow": (
         "copy a share of requests to the idle colour and compare the answers",
-        "Clients never wait for it. A rollout fails where too many answers differ.",
+        "Clients don't wait for it. A rollout fails where too many answers differ.",
         _percent_argument,
     ),
     "maintenance": (

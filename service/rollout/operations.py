@@ -318,6 +318,9 @@ class Engine:
                 f"would place {title} with the image {image} on {name} as release {number} and restart {colour.unit}",
                 details=details | {"would_change": True},
             )
+        # Whoever breaks this off has changed nothing.
+        if placed is not None:
+            self._drain(colour)
         earlier = self.releases.env(name)
         release = self.releases.create(
             Release(
@@ -339,8 +342,6 @@ class Engine:
         details["release"] = release.number
         progress(f"placing {title_of(release)} on {name}")
         try:
-            if placed is not None:
-                self._drain(colour)
             self.releases.place(name, release, settings)
             health = colour.restart_and_wait(release, self.config.ready_timeout_seconds, progress)
             colour.run_examples(examples, health)

@@ -284,7 +284,8 @@ class Rollouts:
         return self.give_back(present.number, plan.ABORTED, self.engine.reason or "by hand", "by hand")
 
     def give_back(self, number: int, phase: str, reason: str, cause: str) -> Result:
-        """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back.
+        """Send all traffic back. `cause` is a word for the metrics. Raises Failed where there is no way back, Refused
+        where a share of the users is better off where it is.
 
         A rollout whose colour never got any has nothing to send back: it is aborted, and nothing is counted.
         The result isn't ok, with exit status 3, where the colour that traffic is back on doesn't answer.
@@ -295,13 +296,10 @@ class Rollouts:
         stays = state.live == present.source
         if not stays:
             self._check_way_back(present, reason)
+        elif state.split:
+            self._check_share(state, "promote")
         wanted = self._way_back(present, state, reason)
-        # What to ask then is read before the switch, so that it doesn't count as its time.
-        body, wrong = b"", None
-        try:
-            body = self.engine.example_of(present.source)
-        except ApplianceError as fault:
-            wrong = fault.message
+        body, wrong = self._example(present.source)
         number, moment = state.number, None
         goes_back = not stays or state.split > 0
         if goes_back:
@@ -319,24 +317,49 @@ class Rollouts:
         except OSError as error:
             # Traffic is back, which is what counts.
             ended = ended._replace(phase=phase, reason=f"{reason}; not recorded: {error.strerror}")
-        wrong = wrong or self.engine.front_door.answers_as(present.source, body)
-        first_ms = None if wrong or moment is None else round((time.monotonic() - moment) * 1000, 1)
-        return Result(
-            f"{ended.describe()}; all traffic is {'back' if goes_back else 'still'} on {present.source}"
-            + (f", WHICH DOESN'T ANSWER: {wrong}" if wrong else "")
-            + (f"; first answer {first_ms:g} ms after the switch" if first_ms is not None else ""),
-            ok=not wrong,
+        result = Result(
+            f"{ended.describe()}; all traffic is {'back' if goes_back else 'still'} on {present.source}",
             changed=True,
-            exit_status=NotHealthy.exit_status if wrong else 0,
             details={
                 "live": present.source,
                 "state": number,
                 "release": present.source_release,
                 "cause": ended.cause,
-                "switch_ms": first_ms,
-                "switched_at": None if moment is None else round(time.time() - (time.monotonic() - moment), 6),
             },
         )
+        return self._ask_after(result, present.source, moment, body, wrong)
+
+    def _example(self, colour: str) -> tuple[bytes, str | None]:
+        """What to ask a colour after a switch, read before it so that this doesn't count as its time; else why not."""
+        try:
+            return self.engine.example_of(colour), None
+        except ApplianceError as fault:
+            return b"", fault.message
+
+    def _ask_after(self, result: Result, colour: str, moment: float | None, body: bytes, wrong: str | None) -> Result:
+        """Add to the result of a switch to `colour` whether it answers, and how soon after it.
+
+        `moment` is the switch's, in monotonic seconds; `wrong` is why the colour can't be asked, else `body` is what.
+        """
+        wrong = wrong or self.engine.front_door.answers_as(colour, body)
+        first_ms = None if wrong or moment is None else round((time.monotonic() - moment) * 1000, 1)
+        if wrong:
+            result.message += f", WHICH DOESN'T ANSWER: {wrong}"
+            result.ok, result.exit_status = False, NotHealthy.exit_status
+        elif first_ms is not None:
+            result.message += f"; first answer {first_ms:g} ms after the switch"
+        at = None if moment is None else round(time.time() - (time.monotonic() - moment), 6)
+        result.details |= {"switch_ms": first_ms, "switched_at": at}
+        return result
+
+    def _check_share(self, state: State, command: str) -> None:
+        """Raise Refused where the live colour is worse off than the one that has a share of its users."""
+        idle, live = self.config.other(state.live), self._status(state.live)
+        if live not in HEALTHY and self._status(idle) in HEALTHY:
+            raise Refused(
+                f"{state.live} is {live}, and {idle} serves {state.split} % of the users, who would lose it: "
+                f"'appliance {command}' gives it to all"
+            )
 
     def _way_back(self, present: Plan, state: State, reason: str | None) -> State:
         """The routing state that sends all traffic back from `state`."""
@@ -406,17 +429,22 @@ class Rollouts:
         if dry_run:
             details = {"live": state.live, "would_change": True}
             return Result(f"would send everybody back to {state.live}", details=details)
+        self._check_share(state, "swap")
+        body, wrong = self._example(state.live)
         wanted = state._replace(
             split=0, since=now(), who=self.engine.who, reason=self.engine.reason, command="rollback"
         )
-        written, _ = self.routing.switch_back(wanted)
-        further = f"; another 'appliance rollback' goes back from {state.live}" if state.previous else ""
-        return Result(
-            f"rolled back: everybody is on {state.live} again, and {self.config.other(state.live)} serves none of the "
-            f"{state.split} % that it was given{further}",
+        written, moment = self.routing.switch_back(wanted)
+        result = Result(
+            f"rolled back: {self.config.other(state.live)} serves none of the {state.split} % that it was given, and "
+            f"everybody is on {state.live} again",
             changed=True,
             details={"live": state.live, "state": written.number},
         )
+        result = self._ask_after(result, state.live, moment, body, wrong)
+        if state.previous:
+            result.message += f"; another 'appliance rollback' goes back from {state.live}"
+        return result
 
     def _refuse_what_went_back(self) -> None:
         """Raise Refused where a rollback would return to what a rollout took traffic from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -39,8 +40,10 @@ _ENOUGH_ERRORS = 3
 # In a bake the times of clients are compared with those of another time, in which there was another load. So long they
 # condemn nobody, or for half of a shorter bake: bursts are over by then. Errors and health count from the first moment.
 _SETTLING_SECONDS = 15.0
-# Nor do they while more than such a share of the time in which the host's programs would have run went elsewhere.
+# Where more than such a share of the time in which the host's programs would have run went elsewhere, what takes longer
+# may do so for that, up to so many times what the lacking time itself explains: the rest is queues.
 _STOLEN_SHARE = 0.1
+_STOLEN_RATIO = 2.0
 # After a boot, or after what hit both colours, the new one may be ready later than the old one. For so long the errors
 # of its clients condemn it as little as its health does.
 _STARTING_SECONDS = 10.0
@@ -126,7 +129,8 @@ class Watch:
                 if self._stopped.is_set():
                     if host.shutting_down():
                         return "the host shuts down; it goes on after the boot"
-                    return self._back(present, "the watch was stopped", "unwatched")
+                    ended = self._back(trial, present, "the watch was stopped", "unwatched")
+                    return ended or present.describe(self._state())
                 if Rollouts(self._engine()).under_way() is None and not self._still_mine(present):
                     return "somebody else switched"
                 ended = self._tick(trial, present)
@@ -160,11 +164,15 @@ class Watch:
         self._show(checks)
         if verdict == FAIL:
             trial.failures += 1
+            if trial.failures < self.config.judge_failures:
+                return None
             failed = [check for check in checks if check.verdict == FAIL]
-            if trial.failures >= self.config.judge_failures:
-                return self._back(present, "; ".join(f"{c.name}: {c.text}" for c in failed), failed[0].name, checks)
-            return None
-        trial.failures = 0
+            reason = "; ".join(f"{check.name}: {check.text}" for check in failed)
+            ended = self._back(trial, present, reason, failed[0].name, checks)
+            if ended or present.asked != "promote":
+                return ended
+        else:
+            trial.failures = 0
         if present.asked != "promote":
             if present.paused or trial.elapsed < trial.wanted_seconds:
                 return None
@@ -176,7 +184,7 @@ class Watch:
                 healthy = any((check.name, check.verdict) == ("health", PASS) for check in checks)
                 if present.phase == plan.BAKE and healthy:
                     return self._leave(present, reason, checks)
-                return self._back(present, reason, "no data", checks)
+                return self._back(trial, present, reason, "no data", checks)
         if time.monotonic() < trial.again_at:
             return None
         engine = self._engine(present.who)
@@ -196,7 +204,8 @@ class Watch:
         """What becomes of a rollout that can't go on: back where that is the new colour's fault, or lasts for long."""
         cause = result.details.get("cause")
         if "unfit" in result.details or cause == "verification":
-            return self._back(present, result.message, cause or "health", checks)
+            trial.again_at = time.monotonic() + _AGAIN_SECONDS
+            return self._back(trial, present, result.message, cause or "health", checks)
         # A full disk, the front door or Docker: that condemns nobody, and it is judged all the while.
         trial.again_at = time.monotonic() + _AGAIN_SECONDS
         if present.phase == plan.BAKE:
@@ -207,7 +216,7 @@ class Watch:
         found = Rollouts(self._engine()).under_way()
         lost = found is not None and found[0].unswitched(found[1])
         if lost or time.monotonic() >= trial.failing_since + self.config.judge_patience_seconds:
-            return self._back(present, f"it couldn't go on: {result.message}", cause or "host", checks)
+            return self._back(trial, present, f"it couldn't go on: {result.message}", cause or "host", checks)
         return None
 
     def _leave(self, present: Plan, reason: str, checks: list[Check]) -> str | None:
@@ -222,7 +231,17 @@ class Watch:
         self._record(engine, present, checks)
         return result.message
 
-    def _back(self, present: Plan, reason: str, cause: str, checks: list[Check] | None = None) -> str:
+    def _back(
+        self, trial: Trial, present: Plan, reason: str, cause: str, checks: list[Check] | None = None
+    ) -> str | None:
+        """Send traffic back; how that went, or None where a canary's users would only lose by it."""
+        dead = trial.way_back_is_dead() if present.phase == plan.CANARY else None
+        if dead:
+            if dead != trial.told:
+                stay = f"the users of {present.target} stay there: {dead}"
+                progress(f"{reason}; {stay}; 'appliance promote' gives it to all")
+            trial.told = dead
+            return None
         engine = self._engine(reason=reason)
         result = engine.run(
             "rollback", lambda: Rollouts(engine).give_back(present.number, plan.ROLLED_BACK, reason, cause)
@@ -293,6 +312,8 @@ class Trial:
         # Since when it can't go on, although nothing is wrong with the new colour, and when to try again.
         self.failing_since: float | None = None
         self.again_at = 0.0
+        # Why traffic didn't go back, as it was said last.
+        self.told: str | None = None
         self._synthetic = Synthetic(config, self._engine, begun)
 
     def close(self) -> None:
@@ -319,6 +340,11 @@ class Trial:
     @property
     def wanted_seconds(self) -> float:
         return self.config.bake_seconds if self._present.phase == plan.BAKE else self.config.canary_step_seconds
+
+    def way_back_is_dead(self) -> str | None:
+        """What is wrong with the old colour where the new one is well; else None."""
+        wrong = _unwell(self._source, self._present.source_release)[0]
+        return wrong if wrong and not _unwell(self._target, self._present.target_release)[0] else None
 
     def look(self) -> list[Check]:
         """All checks of this moment."""
@@ -370,9 +396,12 @@ class Trial:
 
     def _at_another_time(self, check: Check, stolen: float) -> Check:
         """A check of times, measured by those of another time; it condemns nobody for what has changed besides."""
-        if check.verdict != FAIL:
+        if check.verdict != FAIL or check.value is None or check.limit is None:
             return check
-        if stolen > _STOLEN_SHARE:
+        # Never what is too long at any rate.
+        longest = self.config.judge_max_p95_ms if check.name == "p95" else math.inf
+        explained = min(longest, _STOLEN_RATIO * check.limit / (1 - stolen)) if stolen < 1 else longest
+        if stolen > _STOLEN_SHARE and check.value <= explained:
             lacked = f"{stolen:.0%} of the processor's time was taken by other machines"
             return replace(check, verdict=NO_DATA, text=f"{check.text}, while {lacked}")
         early = self.elapsed < min(_SETTLING_SECONDS, self.wanted_seconds / 2)

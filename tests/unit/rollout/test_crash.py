@@ -191,10 +191,38 @@ def _abort(box):
     return engine.run("abort", Rollouts(engine).abort)
 
 
+def _roll_back(box):
+    return box.run("rollback")
+
+
+def _pause(box):
+    return box.run("pause")
+
+
 @pytest.mark.parametrize(
     ("before", "what"),
-    [([], _begin), ([], _swap), ([_begin], _go_on), ([_begin], _promote), ([_begin], _abort), ([_swap], _abort)],
-    ids=["begin", "swap", "next step", "promote", "abort a canary", "abort a bake"],
+    [
+        ([], _begin),
+        ([], _swap),
+        ([_begin], _go_on),
+        ([_begin], _promote),
+        ([_begin], _pause),
+        ([_begin], _abort),
+        ([_begin], _roll_back),
+        ([_swap], _abort),
+        ([_swap], _roll_back),
+    ],
+    ids=[
+        "begin",
+        "swap",
+        "next step",
+        "promote",
+        "pause",
+        "abort a canary",
+        "roll a canary back",
+        "abort a bake",
+        "roll a bake back",
+    ],
 )
 def test_a_crash_at_any_call_of_a_rollout_is_settled(box, before, what):
     box.configure(**ROLLOUT, verify_requests=1)
@@ -221,3 +249,19 @@ def test_a_crash_at_any_call_of_a_rollout_is_settled(box, before, what):
         assert Rollouts(box.engine()).under_way() is None, number
         _audit(box)
     assert number > 15
+
+
+def test_a_crash_at_any_call_of_a_bakes_end_ends_it_or_sends_traffic_back(box):
+    box.configure(**ROLLOUT, verify_requests=1)
+    box.live_on_blue()
+    assert _swap(box).ok
+    saved, over = Saved(box), []
+    for number in cuts(lambda: _go_on(box), saved.put_back):
+        _check(box, ("green",))
+        over.append(Rollouts(box.engine()).under_way() is None)
+        settled = box.run("watch", "--settle")
+        assert settled.status == 0, (number, settled.message)
+        assert (box.state.live, box.state.split) == ("green" if over[-1] else "blue", 0), number
+        assert Rollouts(box.engine()).under_way() is None, number
+        _audit(box)
+    assert over == sorted(over) and {*over} == {False, True} and number > 5

@@ -341,6 +341,20 @@ def test_a_signal_while_waiting_puts_the_earlier_release_back(box, number):
     assert box.deploy("blue", box.state_dir / "bundles/simplemodel/1.0.0").json["changed"] is False
 
 
+def test_a_signal_while_the_colour_drains_changes_nothing(box):
+    box.configure(drain_seconds=30)
+    box.live_on_blue()
+    directory, green, before = box.bundle("3.0.0"), box.host.running["green"], box.snapshot()
+    green.in_progress = [3, 3, 2]
+    process = box.popen("deploy", "green", "--bundle", directory, "--image", "appliance/model:1")
+    wait_for(lambda: green.in_progress == [2])
+    process.send_signal(signal.SIGINT)
+    answer = box.finish(process)
+    assert answer.status == 1 and "interrupted by SIGINT; nothing was changed" in answer.message, answer.message
+    assert box.host.running["green"] is green and box.snapshot() == before
+    assert sorted(path.name for path in (box.state_dir / "releases").iterdir()) == ["1", "2"]
+
+
 def test_a_deploy_that_is_killed_leaves_production_alone(box):
     box.configure(ready_timeout_seconds=30)
     box.live_on_blue()

@@ -244,6 +244,30 @@ def test_an_old_colour_that_is_dead_itself_is_no_way_back(rollout):
     assert "green stays live" in rollout.audit()[-1]["message"]
 
 
+@pytest.mark.parametrize("fault", [None, "some-500"], ids=["no data", "errors"])
+def test_a_canary_doesnt_hand_its_users_to_an_old_colour_that_is_dead(rollout, fault):
+    rollout.configure(canary_step_seconds=0.5, judge_patience_seconds=0.5, bake_seconds=0)
+    if fault:
+        faulty(rollout, fault)
+    else:
+        rollout.configure(synthetic_per_second=0)
+    assert canary(rollout).status == 0
+    rollout.host.stop("blue")
+    background = in_background(rollout)
+    wait_for(lambda: "stay there: blue" in rollout.capsys.readouterr().err)
+    for command in ("rollback", "abort"):
+        refused = rollout.run(command)
+        assert refused.status == 1 and "'appliance promote' gives it to all" in refused.message, refused.message
+    assert (rollout.state.live, rollout.state.split, present(rollout).phase) == ("blue", 1, plan.CANARY)
+    if fault:
+        # Once the old one is back, it is the better one.
+        rollout.host.start("blue")
+    else:
+        assert rollout.run("promote").status == 0
+    background.join(30)
+    assert (rollout.state.live, rollout.state.split) == ("blue" if fault else "green", 0)
+
+
 def test_without_data_it_waits_and_then_goes_back(rollout):
     rollout.configure(synthetic_per_second=0, judge_patience_seconds=0.5)
     canary(rollout)
@@ -823,7 +847,8 @@ def test_a_rollback_ends_a_share_by_hand(rollout):
     assert rollout.state.split == 25
     answer = rollout.run("rollback")
     assert (answer.status, rollout.state.live, rollout.state.split) == (0, "blue", 0), answer.message
-    assert "everybody is on blue again" in answer.message and "goes back from" not in answer.message
+    assert "everybody is on blue again; first answer" in answer.message and "goes back from" not in answer.message
+    assert rollout.audit()[-1]["durations"]["switch_ms"] > 0
     # It isn't a switch: that is still to be had, from where there is one.
     assert "nothing to roll back to" in rollout.run("rollback").message
     rollout.configure(bake_seconds=0)
@@ -833,6 +858,20 @@ def test_a_rollback_ends_a_share_by_hand(rollout):
     assert ended.status == 0 and rollout.state.live == "green" and "goes back from green" in ended.message
     answer = rollout.run("rollback")
     assert answer.status == 0 and rollout.state.live == "blue" and "HAD BEEN" not in answer.message
+
+
+def test_a_rollback_of_a_share_by_hand_loses_nobody_to_a_dead_colour(rollout):
+    rollout.run("split", "25")
+    rollout.host.stop("blue")
+    refused = rollout.run("rollback")
+    assert refused.status == 1 and rollout.state.split == 25
+    assert (
+        "blue is down, and green serves 25 % of the users" in refused.message and "'appliance swap'" in refused.message
+    )
+    # Where both are, there is nothing to lose, and the person is told.
+    rollout.host.stop("green")
+    answer = rollout.run("rollback")
+    assert (answer.status, rollout.state.split) == (3, 0) and "WHICH DOESN'T ANSWER" in answer.message, answer.message
 
 
 def test_on_a_full_disk_no_share_by_hand_comes_back(rollout, monkeypatch):
