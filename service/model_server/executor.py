@@ -117,15 +117,15 @@ class Executor:
     """Runs the models of one worker: quick ones in the server's loop, the others in one thread, batch by batch in turn.
 
     ``submit``, ``run_inline`` and ``deliver`` belong to the loop's thread; each call's ``finish`` is called there.
-    ``names`` are the models'. ``busy`` is called with True and False around each batch of the thread alone, since a
-    model that hangs in the loop shows in the loop's silence; ``wake`` when the thread has something to deliver.
+    ``models`` are the models by name. ``busy`` is called with True and False around each batch of the thread alone,
+    since a model that hangs in the loop shows in the loop's silence; ``wake`` when the thread has something to deliver.
     """
 
     def __init__(self, models: Models, limit: int, metrics: Metrics, busy: Callable[[bool], None]) -> None:
         self._lanes = {
             model: Lane(model, limit, metrics.of(model.name, model.bundle.output.labels)) for model in models.all
         }
-        self.names = frozenset(model.name for model in models.all)
+        self.models = {model.name: model for model in models.all}
         self._busy = busy
         self.wake: Callable[[], None] = lambda: None
         # Each lane in which calls wait for the thread, once.

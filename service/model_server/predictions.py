@@ -14,6 +14,7 @@ from model_server.failures import log_failure
 from model_server.features import Features
 from model_server.logs import Log
 from model_server.metrics import Metrics, Tally
+from model_server.model import Model
 from model_server.payload import BadRequest, NotFinite, UnusableOutput
 from model_server.receiving import Overloaded
 from model_server.web import Channel, Frame
@@ -104,9 +105,12 @@ class Predictions:
             call = route.begin(Request(raw.command, raw.path, raw.headers, body), groups)
         except Exception as error:
             reply = self._as_reply(error, route, request_id)
-            self._reject(groups.get("name"), error)
+            # A request that names no model, or one that isn't served, is the first one's.
+            models = self._executor.models
+            model = models.get(groups.get("name", ""), models[self._frame.model])
+            self._reject(model, error)
             self._note_refused(groups.get("name"), raw, error)
-            self._answer(channel, raw, route, request_id, started, reply, None)
+            self._answer(channel, raw, route, request_id, started, reply, model)
             return
         if call.seconds is None:
             call.seconds = waits
@@ -135,18 +139,16 @@ class Predictions:
         else:
             reply = self._as_reply(result, route, call.request_id)
             if isinstance(result, Refusal):
-                self._reject(call.model.name, result, len(call.rows))
+                self._reject(call.model, result, len(call.rows))
             else:
                 self._tally.count(metrics.error, len(call.rows))
-        self._answer(channel, raw, route, call.request_id, call.received, reply, call)
+        self._answer(channel, raw, route, call.request_id, call.received, reply, call.model, call)
 
-    def _reject(self, name: str | None, error: Exception, rows: int = 1) -> None:
+    def _reject(self, model: Model, error: Exception, rows: int = 1) -> None:
         # Nobody knows how many rows a request has that can't be read: it counts as one.
         reason = error.reason if isinstance(error, Refusal) else "invalid" if isinstance(error, BadRequest) else None
         if reason is not None:
-            # A request that names no model, or one that isn't served, is the first one's.
-            model = name if name in self._executor.names else self._frame.model
-            metrics = self._metrics.of(model)
+            metrics = self._metrics.of(model.name)
             self._tally.count(metrics.rejected[reason])
             if reason in metrics.refused:
                 self._tally.count(metrics.refused[reason], rows)
@@ -159,6 +161,9 @@ class Predictions:
 
     def _as_reply(self, error: Exception, route: Route, request_id: str) -> Reply:
         # A request that fits, but for which the model has no answer that JSON can hold, is the client's to change too.
+        if isinstance(error, NotFinite):
+            # It counts among the model's errors, which are looked for in the log.
+            self._log.error("prediction_failed", str(error), request_id=request_id)
         if isinstance(error, BadRequest | NotFinite):
             error = Refusal(400, str(error))
         if isinstance(error, Refusal):
@@ -177,7 +182,8 @@ class Predictions:
         request_id: str,
         started: float,
         reply: Reply,
-        call: Call | None,
+        model: Model,
+        call: Call | None = None,
     ) -> None:
         close = raw.connection_close or channel.server.draining
         # An HTTP/1.0 client that asked to keep the connection has to be told that it may.
@@ -191,4 +197,4 @@ class Predictions:
             head += f"{name}: {value}\r\n".encode("latin-1")
         channel.answer(b"".join((head, self._static_headers, connection, b"\r\n", reply.body)), close)
         self._tally.count(self._metrics.request_child(raw.command, route.rule, reply.status))
-        self._frame.note(self._lines, request_id, raw.command, raw.path, reply.status, started, call)
+        self._frame.note(self._lines, request_id, raw.command, raw.path, reply.status, started, model, call)

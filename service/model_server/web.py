@@ -28,6 +28,7 @@ from model_server.config import Config
 from model_server.core import Call
 from model_server.logs import Lines, Log
 from model_server.metrics import Metrics
+from model_server.model import Model
 from model_server.receiving import Overloaded, Parser, Room
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -94,12 +95,20 @@ class Frame:
         self._log.info("request", f"{fields['method']} {fields['path']} {status}", **fields)
 
     def note(
-        self, lines: Lines, request_id: str, method: str, path: str, status: int, started: float, call: Call | None
+        self,
+        lines: Lines,
+        request_id: str,
+        method: str,
+        path: str,
+        status: int,
+        started: float,
+        model: Model,
+        call: Call | None,
     ) -> None:
-        """Log the answer to a request for a prediction, with where its time went."""
+        """Log the answer to a request for a prediction, with where its time went if it got as far as the model."""
         fields = _logged(request_id, method, path, status, started)
+        fields["model"], fields["version"] = model.name, model.version
         if call is not None:
-            fields["model"], fields["version"] = call.model.name, call.model.version
             fields["rows"] = len(call.rows)
             fields["queue_ms"] = round(call.queue_seconds * 1000, 3)
             fields["model_ms"] = round(call.model_seconds * 1000, 3)

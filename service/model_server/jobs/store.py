@@ -147,15 +147,16 @@ class Store:
             return self._find(self._connected(), job_id)
 
     def place(self, job: Job) -> tuple[int, float | None]:
-        """Where a pending job stands in its queue (the next one is 1), and in how many seconds it should be done.
+        """Where an unfinished job stands in its queue (the next one is 1), and in how many seconds it should be done.
 
         None where no job of a model before it, or of its own, was ever measured. The colour mustn't be NOBODY.
         """
         [row] = self._read(
-            "select sum(status = 'pending'), case when count(*) = count(seconds) then sum(seconds) end"
+            "select sum(status = 'pending'), case when count(*) = count(seconds)"
+            " then sum(max(0, seconds - case status when 'in_progress' then ? - started else 0 end)) end"
             " from jobs left join durations using (model) where colour = ?"
             " and status in ('pending', 'in_progress') and turn <= (select turn from jobs where id = ?)",
-            (job.colour, job.id),
+            (time.time(), job.colour, job.id),
         )
         return row[0] or 0, row[1]
 

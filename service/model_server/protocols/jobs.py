@@ -63,12 +63,12 @@ def _add_routes(routes: flask.Blueprint, models: Models, config: Config, metrics
     queue = Queue(config.jobs, config.colour)
 
     def document(job: Job) -> dict[str, Any]:
-        waits = job.status == "pending" and job.colour != NOBODY
-        position, seconds = store.place(job) if waits else (None, None)
+        unfinished = job.status in ("pending", "in_progress") and job.colour != NOBODY
+        position, seconds = store.place(job) if unfinished else (None, None)
         return {
             **_document(job),
             "expires": _time(store.expires(job)),
-            "position": position,
+            "position": position if job.status == "pending" else None,
             "estimated_seconds": None if seconds is None else round(seconds, 3),
         }
 

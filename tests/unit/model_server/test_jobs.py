@@ -5,6 +5,7 @@ import fcntl
 import json
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -361,17 +362,25 @@ def test_adopted_jobs_run_in_their_turn_though_others_wait(store, config, tmp_pa
     assert ran == [adopted.id, own.id]
 
 
-def test_position_and_estimate(store):
+def test_position_and_estimate(store, monkeypatch):
     first, second, third = submit(store), submit(store), submit(store)
     assert store.place(third) == (3, None)
     running, _ = claim(store, first)
     store.complete(running, b"{}", 2.0)
     assert store.place(store.find(third.id)) == (2, 4.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     claim(store, second)
     assert store.place(store.find(third.id)) == (1, 4.0)
+    # What has run for half of its time needs the other half; what takes longer than usual may end at any time.
+    monkeypatch.setattr(time, "time", lambda: now + 1.5)
+    assert store.place(store.find(second.id)) == (0, pytest.approx(0.5))
+    assert store.place(store.find(third.id)) == (1, pytest.approx(2.5))
+    monkeypatch.setattr(time, "time", lambda: now + 60)
+    assert store.place(store.find(third.id)) == (1, 2.0)
     running, _ = claim(store, third)
     store.complete(running, b"{}", 7.0)
-    assert store.place(submit(store))[1] == pytest.approx(2 * 3.0)
+    assert store.place(submit(store))[1] == pytest.approx(0 + 3.0)
 
 
 def test_the_list_is_newest_first_in_pages(store):

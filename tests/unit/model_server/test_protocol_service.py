@@ -181,11 +181,14 @@ def test_what_is_refused_is_counted(service, path, body, name, reason):
         return {key: value for key, value in service.metrics().items() if key.startswith("model_rejected_total")}
 
     before = rejected()
-    assert ask(service, "POST", path, body)[0] in (400, 404)
+    request_id = f"refused-{name}-{len(before)}-{path.count('/')}-{len(body)}"
+    assert ask(service, "POST", path, body, X_Request_ID=request_id)[0] in (400, 404)
     # The answer comes a little earlier.
     service.wait_for(lambda: rejected() != before, "counted")
     changed = {key: value - before[key] for key, value in rejected().items() if value != before[key]}
     assert changed == {f'model_rejected_total{{model="{name}",reason="{reason}"}}': 1}
+    wanted = {"event": "request", "request_id": request_id, "model": name}.items()
+    service.wait_for(lambda: any(wanted <= line.items() for line in service.logs()), "logged with its model")
 
 
 def test_bytes_travel_as_they_are(triton):

@@ -325,7 +325,8 @@ def test_model_that_fails_on_a_request(short_dir, bundle_dir, quotes):
             assert (status, json.loads(body)) == (code, {"error": message})
         assert service.predict([0.2, 0.6])[0] == 200
         assert service.metrics()['predictions_total{model="simplemodel",status="error"}'] == 4
-        [failure] = [line for line in service.logs() if line["event"] == "prediction_failed"]
+        failure, without_answer = [line for line in service.logs() if line["event"] == "prediction_failed"]
+        assert without_answer["message"] == NOT_FINITE and without_answer["request_id"]
         assert failure["message"] == f"the model failed: RuntimeError{': secret place' if quotes else ''}"
         assert "/model.py" in failure["traceback"] and ", in forward\n" in failure["traceback"]
         # Neither the words of the exception nor the line that has them.
