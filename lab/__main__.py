@@ -16,7 +16,10 @@ import urllib.request
 from lab import controller, engine, image, machine, programs
 from lab.console import LabError, fail, run, say, step
 
+# What the models that the lab begins with take.
 EXAMPLE = {"data": [0.2, 0.6]}
+MODEL = "simplemodel"
+_SHOWN_CHARACTERS = 200
 
 
 def up(wanted: machine.Machine) -> None:
@@ -37,9 +40,10 @@ def up(wanted: machine.Machine) -> None:
         playbook(lab, "site")
     with step("Opening the tunnel to Prometheus, and sending a prediction through nginx"):
         machine.open_tunnel(lab)
-        answer, headers = _predict(lab)
-    status = json.loads(run(machine.ssh(lab, "sudo appliance status --json")).splitlines()[-1])
-    say(_summary(lab, status, answer, headers, unreachable, time.monotonic() - start))
+        status = json.loads(run(machine.ssh(lab, "sudo appliance status --json")).splitlines()[-1])
+        body = _request(lab, status["colours"][status["live"]])
+        answer, headers = _predict(lab, body)
+    say(_summary(lab, status, body, answer, headers, unreachable, time.monotonic() - start))
 
 
 def playbook(lab: machine.Machine, name: str, *arguments: str) -> None:
@@ -98,10 +102,18 @@ def _state(lab: machine.Machine) -> dict:
     return json.loads((lab.directory / "lab.json").read_text())
 
 
-def _predict(lab: machine.Machine) -> tuple[str, dict[str, str]]:
+def _request(lab: machine.Machine, live: dict) -> str:
+    """A request that the live model understands, as JSON: somebody may have made another one live since."""
+    if live["model"] == MODEL:
+        return json.dumps(EXAMPLE)
+    path = f"/var/lib/appliance/bundles/{live['model']}/{live['version']}/examples.json"
+    return json.dumps(json.loads(run(machine.ssh(lab, f"sudo cat {path}")))["examples"][0]["request"])
+
+
+def _predict(lab: machine.Machine, body: str) -> tuple[str, dict[str, str]]:
     url = f"http://127.0.0.1:{lab.edge_port}/predict"
     request = urllib.request.Request(  # noqa: S310 - loopback only
-        url, data=json.dumps(EXAMPLE).encode(), headers={"Content-Type": "application/json"}
+        url, data=body.encode(), headers={"Content-Type": "application/json"}
     )
     try:
         try:
@@ -123,7 +135,9 @@ def _warn_about_grafana(lab: machine.Machine, reason: str) -> None:
     )
 
 
-def _summary(lab, status: dict, answer: str, headers: dict[str, str], unreachable: str, seconds: float) -> str:
+def _summary(
+    lab, status: dict, body: str, answer: str, headers: dict[str, str], unreachable: str, seconds: float
+) -> str:
     live, idle = status["live"], status["idle"]
 
     def release(colour: str) -> str:
@@ -134,6 +148,11 @@ def _summary(lab, status: dict, answer: str, headers: dict[str, str], unreachabl
     grafana = f"http://127.0.0.1:{lab.grafana_port}   user admin; password: sudo cat /etc/grafana/admin_password"
     if unreachable:
         grafana = "left out: its repository can't be reached"
+    request = f"'{body}'"
+    if len(body) > _SHOWN_CHARACTERS:
+        body, request = "its first example", "@request.json"
+    if len(answer) > _SHOWN_CHARACTERS:
+        answer = f"{answer[:_SHOWN_CHARACTERS]} …"
     variable = "" if lab.name == "appliance" else f" LAB_NAME={lab.name}"
     return f"""
 The appliance is up ({seconds:.0f} s).
@@ -141,13 +160,13 @@ The appliance is up ({seconds:.0f} s).
   live   {live:6} {release(live)}
   idle   {idle:6} {release(idle)}
 
-  POST {edge}/predict       {json.dumps(EXAMPLE)} -> {answer}   (answered by {headers.get("X-Model-Colour")})
+  POST {edge}/predict       {body} -> {answer}   (answered by {headers.get("X-Model-Colour")})
   POST {edge}/test/predict  the idle colour
   Prometheus                            http://127.0.0.1:{lab.prometheus_port}
   Grafana                               {grafana}
 
 Try next:
-  curl -X POST {edge}/predict -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'
+  curl -X POST {edge}/predict -H 'Content-Type: application/json' -d {request}
   make swap{variable}       make the idle colour live, without losing a request
   make rollback{variable}   and back
   make status{variable}     which colour is production?

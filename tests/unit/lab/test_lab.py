@@ -17,7 +17,7 @@ import yaml
 
 from lab import __main__ as lab_command
 from lab import controller, engine, image, machine, programs
-from lab.__main__ import _lab_name, _machine_from, _parser, _predict
+from lab.__main__ import _lab_name, _machine_from, _parser, _predict, _request, _summary
 from lab.console import LabError, run, wait_until
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -315,8 +315,24 @@ def test_an_answer_that_breaks_off_is_a_readable_error(answer):
         thread.start()
         lab = machine.Machine(name="x", edge_port=server.getsockname()[1])
         with pytest.raises(LabError, match="(?s)POST http://127.0.0.1:.*make status"):
-            _predict(lab)
+            _predict(lab, "{}")
         thread.join()
+
+
+def test_the_live_model_is_asked_what_it_understands(monkeypatch):
+    lab, asked = machine.Machine(name="x"), []
+    examples = {"examples": [{"request": {"data": [[0.5] * 200]}, "response": {}}]}
+    monkeypatch.setattr("lab.__main__.run", lambda command: asked.append(command[-1]) or json.dumps(examples))
+    assert json.loads(_request(lab, {"model": "simplemodel", "version": "1.0.0"})) == {"data": [0.2, 0.6]}
+    assert not asked
+    body = _request(lab, {"model": "digits", "version": "1.0.0"})
+    assert json.loads(body) == {"data": [[0.5] * 200]}
+    assert asked == ["sudo cat /var/lib/appliance/bundles/digits/1.0.0/examples.json"]
+    live = {"model": "digits", "version": "1.0.0", "release": 3, "status": "ready"}
+    status = {"live": "blue", "idle": "green", "colours": {"blue": live, "green": live}}
+    summary = _summary(lab, status, body, "9" * 5000, {}, "", 1.0)
+    assert "its first example -> 999" in summary and "-d @request.json\n" in summary and len(summary) < 1500
+    assert "-d '{}'\n" in _summary(lab, status, "{}", "9", {}, "", 1.0)
 
 
 def test_a_missing_lab_is_named(monkeypatch, tmp_path):
