@@ -251,7 +251,8 @@ def test_a_shadow_that_hangs_delays_a_connections_next_request_by_100_ms(edge, h
             assert json.loads(edge.ask(body=b"x" * size, connection=connection).body)["body"] == size
         seconds = time.monotonic() - begin
 
-    assert seconds < 5
+    # Three requests came after another, and a busy machine takes its time.
+    assert seconds < 1.5
 
 
 def test_a_shadow_that_isnt_there_changes_nothing(edge):
@@ -338,6 +339,8 @@ def test_what_may_be_personal_is_in_no_log(edge, colours):
         assert "Alice" not in text and "Bertha" not in text, path
 
 
+# A loss that comes only now and then is a loss: no second try.
+@pytest.mark.flaky(reruns=0)
 @pytest.mark.parametrize("more", [{}, {"shadow": 30}], ids=["plain", "shadowed"])
 def test_no_request_is_lost_in_a_swap(edge, more):
     settings = Settings(

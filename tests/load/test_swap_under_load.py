@@ -2,9 +2,12 @@
 
 import asyncio
 
+import pytest
 from swap_runs import run_reloads, run_swaps, write_report
 
 
+# A loss that comes only now and then is a loss: no second try.
+@pytest.mark.flaky(reruns=0)
 def test_swaps_lose_no_request_and_none_reaches_the_old_colour(host, load_settings, count, pause_s, reports):
     summary = asyncio.run(run_swaps(host, load_settings, count, pause_s))
     write_report(reports / "swap_under_load.json", "swaps under load", summary, url=load_settings.url)

@@ -76,6 +76,7 @@ def test_password_is_in_no_log(host):
     # grep reads the patterns from the file, so that the password isn't on a command line here either.
     assert host.run(f"journalctl --no-pager | grep -qFf {PASSWORD_FILE}").rc == 1
     assert host.run(f"grep -rqFf {PASSWORD_FILE} /etc/grafana --exclude=admin_password").rc == 1
+    assert host.run(f"grep -rqFf {PASSWORD_FILE} /var/log").rc == 1
 
 
 def test_settings_leave_nothing_open(host):

@@ -2,6 +2,8 @@
 
 import threading
 
+import pytest
+
 LOG = "/var/log/nginx/prod_access.log"
 ROTATE = "logrotate --force /etc/logrotate.d/appliance"
 
@@ -28,6 +30,8 @@ def load(edge, marker):
     return stop, threads, counts
 
 
+# A loss that comes only now and then is a loss: no second try.
+@pytest.mark.flaky(reruns=0)
 def test_no_line_is_lost_while_logs_rotate(host, edge):
     marker = "rotating"
     stop, threads, counts = load(edge, marker)
