@@ -162,8 +162,8 @@ class Predictions:
     def _as_reply(self, error: Exception, route: Route, request_id: str) -> Reply:
         # A request that fits, but for which the model has no answer that JSON can hold, is the client's to change too.
         if isinstance(error, NotFinite):
-            # It counts among the model's errors, which are looked for in the log.
-            self._log.error("prediction_failed", str(error), request_id=request_id)
+            # It counts among the model's errors, which are looked for in the log; any client may bring it about.
+            self._log.warning("prediction_failed", str(error), request_id=request_id)
         if isinstance(error, BadRequest | NotFinite):
             error = Refusal(400, str(error))
         if isinstance(error, Refusal):

@@ -14,7 +14,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flask
 from waitress import wasyncore
@@ -28,8 +28,10 @@ from model_server.config import Config
 from model_server.core import Call
 from model_server.logs import Lines, Log
 from model_server.metrics import Metrics
-from model_server.model import Model
 from model_server.receiving import Overloaded, Parser, Room
+
+if TYPE_CHECKING:
+    from model_server.model import Model
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Longer than the minute for which nginx keeps idle connections, so that nginx is always the one to close them.
@@ -102,7 +104,7 @@ class Frame:
         path: str,
         status: int,
         started: float,
-        model: Model,
+        model: "Model",
         call: Call | None,
     ) -> None:
         """Log the answer to a request for a prediction, with where its time went if it got as far as the model."""
