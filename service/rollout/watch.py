@@ -203,11 +203,10 @@ class Watch:
     def _failed(self, trial: Trial, present: Plan, result: Result, checks: list[Check]) -> str | None:
         """What becomes of a rollout that can't go on: back where that is the new colour's fault, or lasts for long."""
         cause = result.details.get("cause")
+        trial.again_at = time.monotonic() + _AGAIN_SECONDS
         if "unfit" in result.details or cause == "verification":
-            trial.again_at = time.monotonic() + _AGAIN_SECONDS
             return self._back(trial, present, result.message, cause or "health", checks)
         # A full disk, the front door or Docker: that condemns nobody, and it is judged all the while.
-        trial.again_at = time.monotonic() + _AGAIN_SECONDS
         if present.phase == plan.BAKE:
             # It has passed, and only its record is missing.
             return None
