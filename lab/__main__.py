@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -148,9 +149,11 @@ def _summary(
     grafana = f"http://127.0.0.1:{lab.grafana_port}   user admin; password: sudo cat /etc/grafana/admin_password"
     if unreachable:
         grafana = "left out: its repository can't be reached"
-    request = f"'{body}'"
+    request = shlex.quote(body)
     if len(body) > _SHOWN_CHARACTERS:
-        body, request = "its first example", "@request.json"
+        file = lab.directory / "request.json"
+        file.write_text(body)
+        body, request = "its first example", shlex.quote(f"@{os.path.relpath(file)}")
     if len(answer) > _SHOWN_CHARACTERS:
         answer = f"{answer[:_SHOWN_CHARACTERS]} …"
     variable = "" if lab.name == "appliance" else f" LAB_NAME={lab.name}"

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import struct
@@ -319,8 +320,10 @@ def test_an_answer_that_breaks_off_is_a_readable_error(answer):
         thread.join()
 
 
-def test_the_live_model_is_asked_what_it_understands(monkeypatch):
+def test_the_live_model_is_asked_what_it_understands(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "STATE", tmp_path)
     lab, asked = machine.Machine(name="x"), []
+    lab.directory.mkdir()
     examples = {"examples": [{"request": {"data": [[0.5] * 200]}, "response": {}}]}
     monkeypatch.setattr("lab.__main__.run", lambda command: asked.append(command[-1]) or json.dumps(examples))
     assert json.loads(_request(lab, {"model": "simplemodel", "version": "1.0.0"})) == {"data": [0.2, 0.6]}
@@ -331,8 +334,13 @@ def test_the_live_model_is_asked_what_it_understands(monkeypatch):
     live = {"model": "digits", "version": "1.0.0", "release": 3, "status": "ready"}
     status = {"live": "blue", "idle": "green", "colours": {"blue": live, "green": live}}
     summary = _summary(lab, status, body, "9" * 5000, {}, "", 1.0)
-    assert "its first example -> 999" in summary and "-d @request.json\n" in summary and len(summary) < 1500
-    assert "-d '{}'\n" in _summary(lab, status, "{}", "9", {}, "", 1.0)
+    assert "its first example -> 999" in summary and len(summary) < 1500
+    [tried] = [line for line in summary.splitlines() if "curl" in line]
+    named = Path(shlex.split(tried)[-1].removeprefix("@"))
+    assert named.read_text() == body and named.samefile(tmp_path / "x" / "request.json")
+    body = json.dumps({"text": "it's"})
+    [tried] = [line for line in _summary(lab, status, body, "9", {}, "", 1.0).splitlines() if "curl" in line]
+    assert shlex.split(tried)[-1] == body
 
 
 def test_a_missing_lab_is_named(monkeypatch, tmp_path):
