@@ -155,8 +155,9 @@ class Store:
             "select sum(status = 'pending'), case when count(*) = count(seconds)"
             " then sum(max(0, seconds - case status when 'in_progress' then ? - started else 0 end)) end"
             " from jobs left join durations using (model) where colour = ?"
-            " and status in ('pending', 'in_progress') and turn <= (select turn from jobs where id = ?)",
-            (time.time(), job.colour, job.id),
+            " and (status = 'in_progress' or status = 'pending' and ? = 'pending')"
+            " and turn <= (select turn from jobs where id = ?)",
+            (time.time(), job.colour, job.status, job.id),
         )
         return row[0] or 0, row[1]
 

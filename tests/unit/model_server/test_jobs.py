@@ -383,6 +383,15 @@ def test_position_and_estimate(store, monkeypatch):
     assert store.place(submit(store))[1] == pytest.approx(3.0)
 
 
+def test_what_waits_with_an_earlier_turn_isnt_before_what_runs(store):
+    done, _ = claim(store, submit(store))
+    store.complete(done, b"{}", 2.0)
+    submit(store)
+    running = submit(store)
+    claim(store, running)
+    assert store.place(store.find(running.id)) == (0, pytest.approx(2.0, abs=0.5))
+
+
 def test_the_list_is_newest_first_in_pages(store):
     ids = [submit(store, colour).id for colour in ("blue", "green", "blue")]
     store.cancel(ids[0])
