@@ -1,6 +1,7 @@
 """Answering the requests that predict, from the server's loop."""
 
 import functools
+import json
 import time
 from collections.abc import Mapping, Sequence
 from email.utils import formatdate
@@ -25,6 +26,8 @@ _KEEP_ALIVE = b"Connection: Keep-Alive\r\n"
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 # The appliance's own requests carry it: their rows say nothing about what clients ask.
 _PROBE = "X_APPLIANCE_PROBE"
+# What nginx says there of the monitoring's probe alone, which needn't know what the live model takes.
+_ASKS_FOR_EXAMPLE = "example"
 
 
 class Predictions:
@@ -50,6 +53,7 @@ class Predictions:
         self._log = log
         self._lines = log.gather()
         self._max_body_bytes = max_body_bytes
+        self._example = json.dumps(executor.models[frame.model].bundle.examples[0].request).encode()
         self._second, self._second_text = 0, ""
         self._static_headers = "".join(f"{name}: {value}\r\n" for name, value in frame.static_headers).encode()
 
@@ -101,6 +105,8 @@ class Predictions:
             if raw.error is not None:
                 raise overloaded()
             body = plain_body(raw.body(), raw.headers.get("CONTENT_ENCODING"), self._max_body_bytes)
+            if not body and raw.headers.get(_PROBE) == _ASKS_FOR_EXAMPLE:
+                body = self._example
             waits = client_seconds(raw.headers)
             call = route.begin(Request(raw.command, raw.path, raw.headers, body), groups)
         except Exception as error:

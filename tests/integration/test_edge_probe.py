@@ -75,7 +75,9 @@ def test_a_test_stays_a_test(edge):
 
 
 def test_a_probe_is_told_to_the_model(edge):
-    assert arrived(edge.ask(headers=PROBE))["x-appliance-probe"] == "1"
+    assert arrived(edge.ask(headers=PROBE))["x-appliance-probe"] == "example"
+    # Where clients try a release, an empty body is a mistake.
+    assert arrived(edge.ask("/test/predict", PROBE))["x-appliance-probe"] == "1"
 
 
 def test_a_rollouts_own_request_is_logged_as_production_and_told_to_the_model(edge):

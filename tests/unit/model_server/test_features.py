@@ -322,6 +322,18 @@ def test_what_clients_ask_is_counted_and_nothing_else(service):
     assert sums(service, "model_feature_bin_total{") == 2 * counted_rows(service)
 
 
+def test_a_probe_without_a_body_is_answered_as_the_first_example(service):
+    before = counted_rows(service)
+    examples = json.loads((SHIPPED / "1.0.0" / "examples.json").read_text())["examples"]
+    status, _, body = service.ask("worker-0", "POST", "/predict", b"", X_Appliance_Probe="example")
+    assert status == 200 and json.loads(body)["output"] == pytest.approx(examples[0]["response"]["output"], rel=1e-4)
+    # Whoever asks without a body has made a mistake, also where it is the appliance.
+    for headers in ({}, {"X_Appliance_Probe": "1"}):
+        assert service.ask("worker-0", "POST", "/predict", b"", **headers)[0] == 400
+    service.predict([0.2, 0.6])
+    service.wait_for(lambda: counted_rows(service) == before + 1, "counted")
+
+
 def test_a_replaced_worker_goes_on_counting(short_dir):
     with running(short_dir, SHIPPED / "1.0.0", MODEL_WORKERS=1) as found:
         found.wait_ready()
