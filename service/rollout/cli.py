@@ -41,6 +41,8 @@ or step by step, compared with the live colour, and back by itself where it does
 
 
 _TURN_SECONDS = 5.0
+# What systemd says of a watch that didn't end by itself, nor because somebody stopped it.
+_KILLED = ("signal", "core-dump", "oom-kill")
 _URGENT = ("rollback", "abort", "pause", "resume", "promote", "maintenance")
 
 
@@ -438,7 +440,12 @@ def _watch(config: configuration.Config, engine: Engine, *, settle: bool) -> Res
     engine.lock_wait = max(engine.lock_wait, 60.0)
     if plan.under_way(config.rollout_file, engine.routing.read()) is None:
         return Result("no rollout is under way")
-    return engine.run("rollback", lambda: Rollouts(engine).settle(why))
+    settled = engine.run("rollback", lambda: Rollouts(engine).settle(why))
+    if ended in _KILLED and plan.under_way(config.rollout_file, engine.routing.read()):
+        # Its users stay where they are while the old colour is dead, and are judged meanwhile.
+        complaint = host.start_soon(config.rollout_unit)
+        progress(f"{config.rollout_unit} can't be started: {complaint}" if complaint else "its watch is started again")
+    return settled
 
 
 def _short(text: str | None) -> str | None:

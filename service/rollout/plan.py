@@ -99,7 +99,8 @@ class Plan(NamedTuple):
                 f"bake: {self.target} (release {self.target_release}) isn't live yet, and serves {percent} % of users"
             )
         if self.phase == BAKE:
-            return f"bake: {self.target} (release {self.target_release}) is live and watched, {self.source} is ready"
+            target = f"{self.target} (release {self.target_release})"
+            return f"bake: {target} is live and watched, the way back is {self.source}"
         reason = f": {self.reason}" if self.reason else ""
         return f"{self.phase.replace('_', ' ')}{reason}"
 

@@ -211,6 +211,8 @@ class Rollouts:
         present, state = self._needed()
         if present.number != number:
             raise Refused(f"rollout {number} isn't under way any more")
+        if present.unswitched(state):
+            raise Refused(present.describe(state))
         if present.phase == plan.BAKE:
             self.end(present, plan.DONE)
             return Result(
@@ -262,18 +264,22 @@ class Rollouts:
         details = {"live": state.live, "state": state.number, "release": present.target_release}
         if what == "promote" and present.unswitched(state):
             self._start_watch()
-            raise Refused(f"can't be promoted: {present.describe(state)}; its watch ends it, then swap again")
+            raise Refused(
+                f"can't be promoted: {present.describe(state)}; its watch settles that now; look at "
+                f"'appliance status', then promote or swap again"
+            )
         if what == "promote":
             changed = present._replace(asked="promote", paused=False)
         elif present.phase != plan.CANARY:
             raise Refused(f"only a canary can be paused; {present.describe(state)}")
         else:
             changed = present._replace(paused=what == "pause")
+        if changed != present:
+            self._write(changed)
+        # It may have been stopped where there was no way back.
+        self._start_watch()
         if changed == present:
             return Result(f"nothing to do; {present.describe(state)}", outcome="nothing", details=details)
-        self._write(changed)
-        # An older engine that was killed between the plan and its watch has left it without one.
-        self._start_watch()
         return Result(f"{what} is on record; {changed.describe(state)}", changed=True, details=details)
 
     # Back
@@ -296,7 +302,7 @@ class Rollouts:
         stays = state.live == present.source
         if not stays:
             self._check_way_back(present, reason)
-        elif state.split:
+        else:
             self._check_share(state, "promote")
         wanted = self._way_back(present, state, reason)
         body, wrong = self._example(present.source)
@@ -354,12 +360,18 @@ class Rollouts:
 
     def _check_share(self, state: State, command: str) -> None:
         """Raise Refused where the live colour is worse off than the one that has a share of its users."""
-        idle, live = self.config.other(state.live), self._status(state.live)
-        if live not in HEALTHY and self._status(idle) in HEALTHY:
-            raise Refused(
-                f"{state.live} is {live}, and {idle} serves {state.split} % of the users, who would lose it: "
-                f"'appliance {command}' gives it to all"
-            )
+        better = self._better_off(state)
+        if better:
+            when = "" if self._status(self.config.other(state.live)) == "ready" else " once it is ready"
+            raise Refused(f"{better}: 'appliance {command}' gives it to all{when}")
+
+    def _better_off(self, state: State) -> str | None:
+        """Why users who have a share of the idle colour would lose by going back, or None."""
+        idle = self.config.other(state.live)
+        live = self._status(state.live) if state.split else HEALTHY[0]
+        if live in HEALTHY or self._status(idle) not in HEALTHY:
+            return None
+        return f"{state.live} is {live}, and {idle} serves {state.split} % of the users, who would lose it"
 
     def _way_back(self, present: Plan, state: State, reason: str | None) -> State:
         """The routing state that sends all traffic back from `state`."""
@@ -408,6 +420,7 @@ class Rollouts:
         # A promotion that died before its switch is a canary to its users.
         if found and (found[0].phase == plan.CANARY or 0 < found[0].percent_by(found[1]) < 100):
             if dry_run:
+                self._check_share(found[1], "promote")
                 return Result(f"would send everybody back to {found[0].source}", details={"would_change": True})
             reason, number = self.engine.reason or "rolled back by hand", found[0].number
             return self.engine.whole(lambda: self.give_back(number, plan.ROLLED_BACK, reason, "by hand"))
@@ -426,10 +439,10 @@ class Rollouts:
 
     def _end_split(self, state: State, *, dry_run: bool) -> Result:
         """Everybody back from a share that was given by hand: the colour that has it may never have been live."""
+        self._check_share(state, "swap")
         if dry_run:
             details = {"live": state.live, "would_change": True}
             return Result(f"would send everybody back to {state.live}", details=details)
-        self._check_share(state, "swap")
         body, wrong = self._example(state.live)
         wanted = state._replace(
             split=0, since=now(), who=self.engine.who, reason=self.engine.reason, command="rollback"
@@ -499,8 +512,23 @@ class Rollouts:
         found = self.under_way()
         if found is None:
             return Result("no rollout is under way", outcome="nothing")
-        progress(f"{found[0].describe(found[1])}, and nobody watches it: {reason}")
-        return self.give_back(found[0].number, plan.ROLLED_BACK, reason, "unwatched")
+        present, state = found
+        progress(f"{present.describe(state)}, and nobody watches it: {reason}")
+        better = self._better_off(state) if present.unswitched(state) else None
+        if better:
+            return self._stay(present, state, f"{reason}; {better}")
+        return self.give_back(present.number, plan.ROLLED_BACK, reason, "unwatched")
+
+    def _stay(self, present: Plan, state: State, reason: str) -> Result:
+        """End a promotion that died before its switch, where users mustn't lose the share that they have."""
+        stays = present._replace(phase=plan.CANARY, before=state.number, state=state.number)
+        if present.before == present.first:
+            # The share is one that was given by hand before.
+            text = self.end(stays, plan.ABORTED, reason).describe()
+        else:
+            text = f"{self._write(stays).describe(state)}: {reason}"
+        details = {"live": state.live, "state": state.number, "release": present.target_release}
+        return Result(text, changed=True, details=details)
 
     # By hand
 

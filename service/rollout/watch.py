@@ -90,8 +90,12 @@ class Watch:
             engine.run("watch", lambda e=engine: self._look(e), quiet=True)
             if self._unswitched:
                 engine = self._engine()
-                last = engine.run("rollback", lambda e=engine: self._settle(e)).message
+                settled = engine.run("rollback", lambda e=engine: self._settle(e))
+                last = settled.message
                 progress(last)
+                if self._unswitched:
+                    # Its unit has failed then, for somebody to see.
+                    return Result(last, ok=False, exit_status=settled.exit_status or 1)
             present = self._present
             if present is None:
                 return Result(last or "no rollout is under way")
@@ -113,9 +117,12 @@ class Watch:
     def _settle(self, engine: Engine) -> Result:
         """End a rollout whose switch never happened, if it is still under way."""
         self._look(engine)
-        if self._unswitched:
-            return Rollouts(engine).settle("the switch never happened")
-        return Result("no rollout is under way", outcome="nothing")
+        if not self._unswitched:
+            return Result("no rollout is under way", outcome="nothing")
+        settled = Rollouts(engine).settle("the switch never happened")
+        # A canary whose users stay where they are goes on.
+        self._look(engine)
+        return settled
 
     def _carry_out(self, begun: Plan) -> str:
         """One rollout to its end, which is returned in words."""
@@ -131,11 +138,18 @@ class Watch:
                         return "the host shuts down; it goes on after the boot"
                     ended = self._back(trial, present, "the watch was stopped", "unwatched")
                     return ended or present.describe(self._state())
-                if Rollouts(self._engine()).under_way() is None and not self._still_mine(present):
+                found = Rollouts(self._engine()).under_way()
+                if found is None and not self._still_mine(present):
                     return "somebody else switched"
-                ended = self._tick(trial, present)
-                if ended:
-                    return ended
+                if found is None or not found[0].unswitched(found[1]):
+                    ended = self._tick(trial, present)
+                    if ended:
+                        return ended
+                elif time.monotonic() >= trial.again_at:
+                    # A switch of its own failed, and so did the record of that.
+                    trial.again_at = time.monotonic() + _AGAIN_SECONDS
+                    engine = self._engine()
+                    progress(engine.run("rollback", lambda e=engine: self._settle(e)).message)
                 self._stopped.wait(_TICK_SECONDS)
         finally:
             trial.close()
@@ -236,7 +250,7 @@ class Watch:
         """Send traffic back; how that went, or None where a canary's users would only lose by it."""
         dead = trial.way_back_is_dead() if present.phase == plan.CANARY else None
         if dead:
-            if dead != trial.told:
+            if dead != trial.told or self._stopped.is_set():
                 stay = f"the users of {present.target} stay there: {dead}"
                 progress(f"{reason}; {stay}; 'appliance promote' gives it to all")
             trial.told = dead
@@ -362,7 +376,7 @@ class Trial:
             self._shaken, self._calm = False, time.monotonic()
         since_own = max(self._since, self._calm)
         baking = self._present.phase == plan.BAKE
-        new, old = self._clients(since_own, baking)
+        new, old, since = self._clients(since_own, baking)
         own_new, own_old = (self._log.own(colour.name, since_own) for colour in (self._target, self._source))
         least = self.config.judge_min_requests
         patience = judge.given_up_after(old if len(old.seconds) >= least else own_old, self.config)
@@ -386,7 +400,7 @@ class Trial:
             times = judge.latencies(new, old, self.config)
         else:
             times = judge.latencies(own_new, own_old, self.config, comparable=self._synthetic.alike)
-        stolen = self._stolen()
+        stolen = self._stolen(since)
         if baking and enough:
             times = [self._at_another_time(check, stolen) for check in times]
         checks += times
@@ -406,21 +420,22 @@ class Trial:
         early = self.elapsed < min(_SETTLING_SECONDS, self.wanted_seconds / 2)
         return replace(check, verdict=NO_DATA) if early else check
 
-    def _stolen(self) -> float:
-        """The share of the processors' time that went to other machines, of what the host wanted within the window."""
-        at, now, seen = time.monotonic(), host.processor(), self._processor
+    def _stolen(self, since: float) -> float:
+        """The share of the processors' time that went to other machines, of what the host has wanted since then."""
+        now, seen = host.processor(), self._processor
         if now is not None:
-            seen.append((at, now))
-        while len(seen) > 2 and seen[1][0] <= at - self.config.judge_window_seconds:
+            seen.append((time.monotonic(), now))
+        while len(seen) > 2 and seen[1][0] <= self._since:
             seen.popleft()
         if not seen:
             return 0.0
-        (_, first), (_, last) = seen[0], seen[-1]
+        first = next((look for at, look in reversed(seen) if at <= since), seen[0][1])
+        last = seen[-1][1]
         ran, stolen = last.ran - first.ran, last.stolen - first.stolen
         return stolen / (ran + stolen) if stolen > 0 else 0.0
 
-    def _clients(self, earliest: float, baking: bool) -> tuple[Window, Window]:
-        """What clients got from both colours, within the window, or a longer one where that says too little."""
+    def _clients(self, earliest: float, baking: bool) -> tuple[Window, Window, float]:
+        """What clients got from both colours, and since when: a window, or a longer one where that says too little."""
         at, seconds = time.monotonic(), self.config.judge_window_seconds
         while True:
             since = max(earliest, at - seconds)
@@ -429,7 +444,7 @@ class Trial:
             few = min(len(window.seconds) for window in ((new,) if baking else (new, old)))
             # Old good answers mustn't hide errors of now, nor a fault that the colour has had for long.
             if since == earliest or new.errors >= _ENOUGH_ERRORS or few >= self.config.judge_min_requests:
-                return new, old
+                return new, old, since
             seconds *= 2
 
     def _errors_at_start(self) -> Check:
@@ -507,7 +522,8 @@ def _unwell(colour: Colour, release: int | None) -> tuple[str | None, Health | N
         health = colour.health()
     except ApplianceError as fault:
         return fault.message, None
-    if health.status not in HEALTHY or health.release != str(release):
+    # Which release the old colour had may not have been known when the rollout began.
+    if health.status not in HEALTHY or release is not None and health.release != str(release):
         return f"{colour.name} is {health.describe()}, release {health.release}", health
     return None, health
 

@@ -265,3 +265,26 @@ def test_a_crash_at_any_call_of_a_bakes_end_ends_it_or_sends_traffic_back(box):
         assert Rollouts(box.engine()).under_way() is None, number
         _audit(box)
     assert over == sorted(over) and {*over} == {False, True} and number > 5
+
+
+def test_a_crash_at_any_call_of_a_promotion_hands_nobody_to_a_dead_colour(box):
+    box.configure(**ROLLOUT, verify_requests=1)
+    box.live_on_blue()
+    assert _begin(box).ok
+    box.host.stop("blue")
+    saved, settled = Saved(box), []
+
+    def carried_out():
+        box.host._ask = box.host.ask_from_afar
+        _promote(box)
+
+    for number in cuts(carried_out, saved.put_back):
+        answer = box.run("watch", "--settle")
+        settled.append((box.state.live, answer.status))
+        if box.state.live == "green":
+            continue
+        found = Rollouts(box.engine()).under_way()
+        assert found is not None and (found[0].phase, found[1].split) == (plan.CANARY, 1), (number, answer.message)
+        assert _promote(box).ok and box.state.live == "green", number
+        _audit(box)
+    assert {("blue", 0), ("blue", 1), ("green", 1)} <= {*settled} and number > 15

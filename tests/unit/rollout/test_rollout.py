@@ -30,6 +30,8 @@ QUICK = {
     "synthetic_per_second": 100,
 }
 
+WATCH = ["systemctl", "start", "--no-block", "appliance-rollout.service"]
+
 
 @pytest.fixture
 def rollout(box, monkeypatch):
@@ -266,6 +268,115 @@ def test_a_canary_doesnt_hand_its_users_to_an_old_colour_that_is_dead(rollout, f
         assert rollout.run("promote").status == 0
     background.join(30)
     assert (rollout.state.live, rollout.state.split) == ("blue" if fault else "green", 0)
+
+
+def promotion_without_a_switch(box):
+    """A canary at 50 % that was being promoted when its process died, and whose old colour is dead as well."""
+    canary(box, "--steps", "50,100")
+    begun = present(box)
+    plan.write(
+        box.state_dir / "rollout.json", begun._replace(phase=plan.BAKE, before=begun.state, state=begun.state + 1)
+    )
+    box.host.stop("blue")
+
+
+def test_a_promotion_that_was_killed_keeps_its_users_where_the_old_colour_is_dead(rollout, monkeypatch):
+    rollout.configure(bake_seconds=0, canary_step_seconds=20)
+    promotion_without_a_switch(rollout)
+    for command in ("rollback", "abort", "promote"):
+        assert rollout.run(command).status == 1
+    dry = rollout.run("rollback", "--dry-run")
+    assert dry.status == 1 and "who would lose it" in dry.message
+    monkeypatch.setenv("SERVICE_RESULT", "signal")
+    before = len(rollout.host.calls)
+    settled = rollout.run("watch", "--settle")
+    assert settled.status == 0 and "green (release 2) serves 50 % of users" in settled.message, settled.message
+    assert WATCH in rollout.host.calls[before:]
+    assert (rollout.state.live, rollout.state.split, present(rollout).phase) == ("blue", 50, plan.CANARY)
+    assert rollout.run("promote").status == 0
+    carry_out(rollout)
+    assert (rollout.state.live, rollout.state.split, present(rollout).phase) == ("green", 0, plan.DONE)
+
+
+def test_a_watch_goes_on_with_a_promotion_that_was_killed(rollout):
+    rollout.configure(bake_seconds=0, canary_step_seconds=0.2)
+    promotion_without_a_switch(rollout)
+    background = in_background(rollout)
+    wait_for(lambda: present(rollout).phase == plan.CANARY)
+    rollout.host.start("blue")
+    background.join(30)
+    assert (rollout.state.live, present(rollout).phase) == ("green", plan.DONE)
+
+
+def test_a_promotion_that_neither_happens_nor_is_undone_isnt_taken_for_live(rollout, monkeypatch):
+    rollout.configure(bake_seconds=0, canary_step_seconds=20)
+    monkeypatch.setattr(watch, "_AGAIN_SECONDS", 0.1)
+    canary(rollout, "--steps", "50,100")
+    rollout.host.stop("blue")
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Routing, "switch", full_disk)
+        patch.setattr(Rollouts, "_fall_back", lambda *_: None)
+        background = in_background(rollout)
+        assert rollout.run("promote").status == 0
+        wait_for(lambda: any(entry["outcome"] == "failed" for entry in rollout.audit()))
+    wait_for(lambda: present(rollout).phase == plan.CANARY)
+    assert rollout.state.split == 50
+    assert rollout.run("promote").status == 0
+    background.join(30)
+    assert (rollout.state.live, present(rollout).phase) == ("green", plan.DONE)
+    engine = rollout.engine()
+    plan.write(
+        rollout.state_dir / "rollout.json",
+        present(rollout)._replace(phase=plan.BAKE, target="blue", before=rollout.state.number, state=99),
+    )
+    refused = engine.run("bake", lambda: Rollouts(engine).advance(present(rollout).number))
+    assert refused.exit_status == 1 and "isn't live yet" in refused.message
+
+
+def test_a_swap_that_was_killed_leaves_a_share_by_hand_where_the_old_colour_is_dead(rollout):
+    rollout.configure(bake_seconds=20)
+    rollout.run("split", "25")
+    rollout.host.stop("blue")
+    killed_before_its_switch(rollout)
+    carry_out(rollout)
+    assert (rollout.state.live, rollout.state.split, present(rollout).phase) == ("blue", 25, plan.ABORTED)
+
+
+def test_a_watch_that_is_stopped_where_there_is_no_way_back_is_started_again_by_resume(rollout, monkeypatch):
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout)
+    rollout.host.stop("blue")
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), watch.signal.SIGTERM))
+    timer.start()
+    assert carry_out(rollout).exit_status == 1
+    monkeypatch.setenv("SERVICE_RESULT", "exit-code")
+    before = len(rollout.host.calls)
+    assert rollout.run("watch", "--settle").status == 1
+    assert WATCH not in rollout.host.calls[before:] and rollout.state.split == 1
+    assert rollout.run("resume").status == 0
+    assert WATCH in rollout.host.calls[before:]
+
+
+def test_a_share_on_a_degraded_colour_goes_live_once_it_is_ready(rollout):
+    rollout.run("split", "25")
+    rollout.host.stop("blue")
+    rollout.host.running["green"].status = "degraded"
+    for arguments in (["rollback"], ["rollback", "--dry-run"]):
+        refused = rollout.run(*arguments)
+        assert refused.status == 1 and refused.message.endswith("gives it to all once it is ready"), refused.message
+
+
+def test_an_old_colour_whose_release_wasnt_known_is_a_way_back(rollout):
+    faulty(rollout, "some-500")
+    rollout.configure(canary_step_seconds=20)
+    canary(rollout, "--steps", "50,100")
+    plan.write(rollout.state_dir / "rollout.json", present(rollout)._replace(source_release=None))
+    carry_out(rollout)
+    assert (rollout.state.split, present(rollout).phase) == (0, plan.ROLLED_BACK)
 
 
 def test_without_data_it_waits_and_then_goes_back(rollout):
@@ -676,7 +787,7 @@ def test_no_message_calls_a_colour_live_that_isnt(rollout):
     # There is nothing to promote; whoever watches ends it.
     before = len(rollout.host.calls)
     answer = rollout.run("promote")
-    assert answer.status == 1 and said in answer.message and "swap again" in answer.message
+    assert answer.status == 1 and said in answer.message and "promote or swap again" in answer.message
     assert ["systemctl", "start", "--no-block", "appliance-rollout.service"] in rollout.host.calls[before:]
     assert said in rollout.run("watch", "--settle").err
 

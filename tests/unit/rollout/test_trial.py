@@ -160,6 +160,23 @@ def test_a_bake_doesnt_blame_the_release_for_what_other_machines_took(canary, pr
         assert look(trial)["p50"].verdict == FAIL
 
 
+def test_the_stolen_time_is_that_of_the_requests(canary, processors, monkeypatch):
+    monkeypatch.setattr(watch, "_SETTLING_SECONDS", 0.0)
+    canary.configure(bake_seconds=600, judge_min_requests=60, judge_window_seconds=60)
+    real = time.monotonic
+    with bake(canary) as trial:
+        look(trial)
+        write(canary, "green", 50, seconds=0.06)
+        processors.ran, processors.stolen = processors.ran + 80, processors.stolen + 20
+        look(trial)
+        # A quiet minute, in which too few ask: the window goes back to those of before.
+        monkeypatch.setattr(time, "monotonic", lambda: real() + 61)
+        write(canary, "green", 20)
+        processors.ran += 20
+        found = look(trial)["p50"]
+    assert found.verdict == NO_DATA and "17% of the processor's time" in found.text, found
+
+
 def test_no_stolen_time_excuses_what_is_too_slow_at_any_rate(canary, processors, monkeypatch):
     monkeypatch.setattr(watch, "_SETTLING_SECONDS", 0.0)
     canary.configure(judge_max_p95_ms=50)
