@@ -22,6 +22,8 @@ HEALTHY = ("ready", "degraded")
 _POLL_SECONDS = 0.2
 _MAX_RESTARTS = 3
 _MAX_WORKERS = 1024
+# What `docker run` ends with where the kernel killed the container's process.
+_KILLED = 137
 
 
 class Unreachable(ApplianceError):
@@ -157,7 +159,7 @@ class Colour:
         if complaint:
             unit = host.unit_state(self.unit)
             if unit.active not in ("active", "activating", "reloading"):
-                raise Failed(f"{self.name} didn't start: {self._why(unit, since, complaint)}")
+                raise Failed(f"{self.name} didn't start: {self._why(unit, since, before, complaint)}")
         last = ""
         while True:
             unit = host.unit_state(self.unit)
@@ -171,20 +173,27 @@ class Colour:
             except Unreachable as fault:
                 state = fault.message
             if unit.active in ("failed", "inactive"):
-                raise Failed(f"{self.name} didn't start: {self._why(unit, since)}")
+                raise Failed(f"{self.name} didn't start: {self._why(unit, since, before)}")
             if unit.restarts >= _MAX_RESTARTS:
-                raise Failed(f"{self.name} keeps ending: {unit.restarts} restarts; {self._why(unit, since)}")
+                raise Failed(f"{self.name} keeps ending: {unit.restarts} restarts; {self._why(unit, since, before)}")
             if time.monotonic() >= deadline:
-                raise Failed(f"{self.name} isn't ready after {timeout:g} s: {state}; {self._why(unit, since)}")
+                why = self._why(unit, since, before)
+                raise Failed(f"{self.name} isn't ready after {timeout:g} s: {state}; {why}")
             if state != last:
                 progress(state)
                 last = state
             time.sleep(_POLL_SECONDS)
 
-    def _why(self, unit: host.Unit, since: float, complaint: str | None = None) -> str:
+    def _why(self, unit: host.Unit, since: float, before: str | None, complaint: str | None = None) -> str:
+        """Why the unit's start failed, `before` being its invocation of before."""
         reason = self.startup_reason()
         if reason:
             return reason
+        if host.ended_with(self.unit, _KILLED, since, before):
+            return (
+                f"it was killed (exit status {_KILLED}), most likely for more memory than its container may have: "
+                f"raise model_memory in the inventory and deploy again"
+            )
         parts = [unit.describe(), complaint or ""]
         line = host.last_journal_line(self.unit, since)
         parts.append(f"last journal line: {line}" if line else f"no journal line; see 'journalctl -u {self.unit}'")

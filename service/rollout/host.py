@@ -172,6 +172,17 @@ def last_journal_line(unit: str, since: float) -> str | None:
         return tidy(lines[-1])
 
 
+def ended_with(unit: str, status: int, since: float, before: str | None) -> bool:
+    """Whether the unit's process ended with `status` since `since`, in another invocation than `before`."""
+    about = [f"UNIT={unit}", f"EXIT_STATUS={status}", "-o", "json", "--no-pager", "--quiet", f"--since=@{int(since)}"]
+    try:
+        answer = run(["journalctl", *about])
+        return any(json.loads(line).get("INVOCATION_ID") != before for line in answer.stdout.splitlines())
+    except (Failed, ValueError, AttributeError):
+        # It's said why a start failed, as far as that is known.
+        return False
+
+
 def image_id(image: str, timeout: float = _QUERY_SECONDS) -> str:
     """The id of an image on this host; `timeout` in seconds.
 

@@ -271,6 +271,8 @@ class FakeHost:
         self.units = {c: self._unit("inactive") for c in COLOURS}
         self.enabled: set[str] = set()
         self.journal: dict[str, str] = {}
+        # Journal entries about units whose process was killed.
+        self.killed = ""
         self.start_watch = (0, "", "")
         self.calls: list[list[str]] = []
         self.docker_fault: tuple[int, object] | None = None
@@ -363,6 +365,8 @@ class FakeHost:
     def _do(self, command):
         if command[0] == "docker":
             return 1, "", "Error: No such image"
+        if command[0] == "journalctl" and "EXIT_STATUS=137" in command:
+            return 0, self.killed, ""
         if command[0] == "journalctl":
             colour = command[1].partition("@")[2].partition(".")[0]
             return 0, self.journal.get(colour, ""), ""

@@ -179,6 +179,18 @@ def test_a_failed_deploy_puts_the_earlier_release_back(box, fault, words):
         assert time.monotonic() - started < 1.4, "a unit that ended is noticed at once"
 
 
+@pytest.mark.parametrize("killed", ["now", "before"])
+def test_a_model_that_needs_more_memory_than_it_may_have_is_told_so(box, killed):
+    box.deploy("blue", box.bundle("1.0.0"))
+    box.host.faults["2.0.0"] = {"crash"}
+    invocation = box.host.units["blue"]["InvocationID"] if killed == "before" else "another"
+    box.host.killed = json.dumps({"INVOCATION_ID": invocation, "EXIT_STATUS": "137"}) + "\n"
+    answer = box.deploy("blue", box.bundle("2.0.0"))
+    assert answer.status == 1 and "release 1 was put back" in answer.message
+    told = "raise model_memory in the inventory and deploy again" in answer.message
+    assert told is (killed == "now"), answer.message
+
+
 def test_a_failed_first_deploy_leaves_an_empty_colour(box):
     box.host.faults["1.0.0"] = {"crash"}
     answer = box.deploy("blue", box.bundle())
