@@ -77,7 +77,7 @@ def down(name: str) -> None:
         return
     engine.ensure()
     if machine.exists(lab) and (other := machine.owner(lab)) != controller.PROJECT and other.is_dir():
-        raise LabError(f"The lab '{name}' was made from {other}: run `make down` there.")
+        raise LabError(f"The lab '{name}' was made from {other}: run `make down LAB_NAME={name}` there.")
     with step(f"Removing the lab '{name}'"):
         machine.destroy(lab)
         if machine.STATE.exists() and not any(machine.STATE.iterdir()):

@@ -199,7 +199,8 @@ def _require_same(wanted: Machine) -> None:
     made_from = owner(wanted)
     if made_from != controller.PROJECT:
         raise LabError(
-            f"A lab named '{wanted.name}' exists already, made from {made_from}. Remove it there with `make down`, "
+            f"A lab named '{wanted.name}' exists already, made from {made_from}. Remove it there with "
+            f"`make down LAB_NAME={wanted.name}`, "
             "or choose another name and ports: make up LAB_NAME=second LAB_EDGE_PORT=8081 "
             "LAB_PROMETHEUS_PORT=9091 LAB_GRAFANA_PORT=3001 LAB_SSH_PORT=2223"
         )
@@ -210,7 +211,7 @@ def _require_same(wanted: Machine) -> None:
         if value not in (0, getattr(made, field)):
             raise LabError(
                 f"The lab '{wanted.name}' was made with {variable}={getattr(made, field)}, not {value}. "
-                "`make down` first, or leave the variable as it was."
+                f"`make down LAB_NAME={wanted.name}` first, or give the variable that value again."
             )
     if (made.prometheus_port, made.grafana_port) != (wanted.prometheus_port, wanted.grafana_port):
         close_tunnel(made)

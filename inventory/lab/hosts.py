@@ -16,7 +16,9 @@ try:
     lab = json.loads(record.read_text())
 except FileNotFoundError:
     # Not an error of its own: playbooks then say that no host matched, and linters read inventories too.
-    print(f"There is no lab named '{name}'. Create it with `make up`.", file=sys.stderr)
+    others = sorted(path.parent.name for path in record.parents[1].glob("*/lab.json"))
+    choose = f", or choose with LAB_NAME: {', '.join(others)}" if others else ""
+    print(f"There is no lab named '{name}'. Create it with `make up LAB_NAME={name}`{choose}.", file=sys.stderr)
     json.dump({"appliance": {"hosts": []}, "_meta": {"hostvars": {}}}, sys.stdout)
     sys.exit()
 

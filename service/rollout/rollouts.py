@@ -280,7 +280,8 @@ class Rollouts:
         self._start_watch()
         if changed == present:
             return Result(f"nothing to do; {present.describe(state)}", outcome="nothing", details=details)
-        return Result(f"{what} is on record; {changed.describe(state)}", changed=True, details=details)
+        ends = "; that ends here" if what == "promote" and present.phase == plan.BAKE else ""
+        return Result(f"{what} is on record; {changed.describe(state)}{ends}", changed=True, details=details)
 
     # Back
 
@@ -579,7 +580,9 @@ def _percentage(value: int, highest: int) -> int:
 def _said(state: State, idle: str) -> dict[str, str]:
     return {
         "split": f"{idle} serves {state.split} % of users",
-        "shadow": f"{state.shadow} % of requests are copied to {idle} and compared",
+        "shadow": f"{state.shadow} % of requests are copied to {idle} and compared"
+        if state.shadow
+        else "none is copied",
         "maintenance": "in maintenance: clients get 503" if state.maintenance else "clients are served",
     }
 
