@@ -578,11 +578,10 @@ def _percentage(value: int, highest: int) -> int:
 
 
 def _said(state: State, idle: str) -> dict[str, str]:
+    copied = f"{state.shadow} % of requests are copied to {idle} and compared"
     return {
         "split": f"{idle} serves {state.split} % of users",
-        "shadow": f"{state.shadow} % of requests are copied to {idle} and compared"
-        if state.shadow
-        else "none is copied",
+        "shadow": copied if state.shadow else "no request is copied",
         "maintenance": "in maintenance: clients get 503" if state.maintenance else "clients are served",
     }
 
