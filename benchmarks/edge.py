@@ -64,9 +64,8 @@ BACKEND_COLOUR = """
         return 200 '{{"output": 0.65}}';
     }}
 """
-# A block of the configuration, with quoted braces in it.
-_PART = r"""(?:'[^']*'|"[^"]*"|[^'"{}])*"""
-_DECISIONS = re.compile(rf"\n *(?:if \(|split_clients ){_PART}\{{{_PART}\}}")
+# What decides about production's requests.
+_DECISION = re.compile(r"^( +)location / \{\n.*?^\1\}\n", re.MULTILINE | re.DOTALL)
 
 
 def fixed_upstream(configuration: str, colour: str) -> str:
@@ -74,18 +73,17 @@ def fixed_upstream(configuration: str, colour: str) -> str:
 
     Raises BenchError where the configuration doesn't have what is replaced here.
     """
-    text, removed = _DECISIONS.subn("", configuration)
-    if not removed:
-        raise BenchError("the configuration has no decisions to remove")
-    for variable, value in (
-        ("set $appliance_live none;", f"set $appliance_live {colour};"),
-        ("http://model_$appliance_colour;", f"http://model_{colour};"),
-        ('"routed":"$appliance_routed"', f'"routed":"{colour}"'),
-    ):
-        if variable not in text:
-            raise BenchError(f"the configuration has no {variable!r} any more")
-        text = text.replace(variable, value)
-    return text
+    before, server, production = configuration.partition("default_server;")
+    # nginx wants each variable to be set somewhere.
+    rest = "location = /undecided { set $appliance_track live; }"
+    location = f"location / {{ proxy_pass http://model_{colour}; }} {rest}"
+    production, removed = _DECISION.subn(rf"\1{location}\n", production)
+    if removed != 1:
+        raise BenchError(f"the configuration decides in {removed} places instead of one")
+    variable = '"routed":"$appliance_routed"'
+    if variable not in before:
+        raise BenchError(f"the configuration has no {variable!r} any more")
+    return before.replace(variable, f'"routed":"{colour}"') + server + production
 
 
 @contextmanager
@@ -213,7 +211,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=list(BENCHMARKS), help="may be repeated; default: all")
     parser.add_argument("--seconds", type=float, default=4, help="of each round, whole seconds for wrk (%(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=9, help="pairs of rounds, of which the median counts (%(default)s)"
+        "--rounds", type=int, default=15, help="pairs of rounds, of which the median counts (%(default)s)"
     )
     parser.add_argument("--reports", type=Path, default=ROOT / "reports", help="%(default)s")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md", help="%(default)s")

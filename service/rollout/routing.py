@@ -6,9 +6,9 @@ instant, and after a power cut at any instant, `current` leads to a complete sta
 A share of traffic is a link in the state (`split`, `shadow`) to `shares/<percent>/`, which holds one empty file for
 each bucket that belongs to it: nginx puts a request into one of 100 buckets and looks whether that file is there.
 
-Each look costs nginx time. So a state without shadow and maintenance has two links more: `<live>-live`, to
-`shares/rest-<percent>/`, and with a split `<live>-idle`, to `shares/<percent>/`. A bucket's file below one of these
-says at one look which colour is live and which one serves.
+Each look costs nginx time. So a state without shadow and maintenance has links more: for the live colour
+`<colour>-serves`, to `shares/rest-<percent>/`, and with a split the same for the idle colour, to `shares/<percent>/`. A
+bucket's file below one of these says at one look which colour serves it.
 """
 
 from __future__ import annotations
@@ -114,14 +114,18 @@ class Routing:
 
     def _shortcuts(self, state: State) -> dict[str, str | None]:
         """What the links that spare nginx further looks must lead to; None for those that mustn't be there."""
-        links: dict[str, str | None] = {
-            f"{colour}-{track}": None for colour in self._colours for track in ("live", "idle")
-        }
+        links: dict[str, str | None] = dict.fromkeys(map(self._shortcut, self._colours))
         if not (state.shadow or state.maintenance):
-            links[f"{state.live}-live"] = f"../../shares/rest-{state.split}"
-            if state.split:
-                links[f"{state.live}-idle"] = f"../../shares/{state.split}"
+            for colour in self._colours:
+                if colour == state.live:
+                    links[self._shortcut(colour)] = f"../../shares/rest-{state.split}"
+                elif state.split:
+                    links[self._shortcut(colour)] = f"../../shares/{state.split}"
         return links
+
+    @staticmethod
+    def _shortcut(colour: str) -> str:
+        return f"{colour}-serves"
 
     @staticmethod
     def _target_of(link: Path) -> str | None:
@@ -178,7 +182,7 @@ class Routing:
         for percent in {state.split, state.shadow} - {0}:
             self._ensure_share(str(percent), percent, range(percent))
         shortcuts = self._shortcuts(state)
-        if shortcuts[f"{state.live}-live"]:
+        if shortcuts[self._shortcut(state.live)]:
             self._ensure_share(f"rest-{state.split}", state.split, range(state.split, 100))
         state = state._replace(number=self.next_number())
         temporary = self.states / f".new-{state.number}"

@@ -48,7 +48,7 @@ def test_a_share_is_read_back_and_holds_its_buckets(routing, flag, percent):
     assert routing.read() == written
     assert getattr(written, flag) == percent
     assert buckets(routing.current / flag) == {str(bucket) for bucket in range(percent)}
-    shortcuts = {"blue-live", "blue-idle"} if flag == "split" else set()
+    shortcuts = {"blue-serves", "green-serves"} if flag == "split" else set()
     assert buckets(routing.current) == {"blue", "state.json", flag} | shortcuts
 
 
@@ -69,14 +69,14 @@ def test_everything_at_once_and_then_nothing(routing):
     nothing, _ = routing.switch(state("green"))
     assert routing.read() == nothing
     assert (nothing.split, nothing.shadow, nothing.maintenance) == (0, 0, False)
-    assert buckets(routing.current) == {"green", "state.json", "green-live"}
+    assert buckets(routing.current) == {"green", "state.json", "green-serves"}
 
 
 @pytest.mark.parametrize("percent", [0, 1, 25, 100])
-def test_one_look_tells_the_live_colour_and_who_serves(routing, percent):
+def test_one_look_tells_who_serves(routing, percent):
     routing.switch(state("green", split=percent))
     served = {path.parent.name + "/" + path.name for path in routing.current.glob("*-*/*")}
-    assert served == {f"green-{'idle' if bucket < percent else 'live'}/{bucket}" for bucket in range(100)}
+    assert served == {f"{'blue' if bucket < percent else 'green'}-serves/{bucket}" for bucket in range(100)}
 
 
 @pytest.mark.parametrize("more", [{"shadow": 1}, {"maintenance": True}, {"split": 5, "maintenance": True}])
@@ -88,12 +88,12 @@ def test_what_takes_more_than_a_look_has_no_shortcut(routing, more):
 @pytest.mark.parametrize(
     ("more", "name", "target"),
     [
-        ({}, "blue-live", "../../shares/rest-5"),
-        ({}, "green-live", "../../shares/rest-0"),
-        ({}, "blue-idle", "../../shares/5"),
-        ({"split": 5}, "blue-idle", "../../shares/rest-0"),
-        ({"maintenance": True}, "blue-live", "../../shares/rest-0"),
-        ({"shadow": 5}, "blue-live", "../../shares/rest-0"),
+        ({}, "blue-serves", "../../shares/rest-5"),
+        ({}, "green-serves", "../../shares/rest-0"),
+        ({}, "green-serves", "../../shares/5"),
+        ({"split": 5}, "green-serves", "../../shares/rest-0"),
+        ({"maintenance": True}, "blue-serves", "../../shares/rest-0"),
+        ({"shadow": 5}, "blue-serves", "../../shares/rest-0"),
     ],
 )
 def test_a_shortcut_that_doesnt_fit_the_state_is_refused(routing, more, name, target):
@@ -243,9 +243,9 @@ def test_a_full_disk_leaves_the_old_state_and_no_rubbish(routing, monkeypatch):
 
 def test_a_directory_in_place_of_a_shortcut_is_refused(routing):
     routing.switch(state())
-    link = routing.current / "blue-live"
+    link = routing.current / "blue-serves"
     link.unlink()
     link.mkdir()
 
-    with pytest.raises(RoutingBroken, match="a link blue-live that doesn't fit"):
+    with pytest.raises(RoutingBroken, match="a link blue-serves that doesn't fit"):
         routing.read()

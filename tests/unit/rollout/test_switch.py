@@ -29,7 +29,7 @@ def test_init_makes_the_first_colour_live_once(box):
     answer = box.run("init", "blue")
     assert (answer.status, answer.json["changed"], answer.json["state"]) == (0, True, 1)
     assert os.readlink(box.routing / "current") == "states/1"
-    assert sorted(p.name for p in (box.routing / "states/1").iterdir()) == ["blue", "blue-live", "state.json"]
+    assert sorted(p.name for p in (box.routing / "states/1").iterdir()) == ["blue", "blue-serves", "state.json"]
     before = box.snapshot()
     for colour in ("blue", "green"):
         again = box.run("init", colour)
