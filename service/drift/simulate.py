@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from drift import config, live
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     traffic.add_argument("--url", default="http://127.0.0.1", help="the appliance (default: %(default)s)")
     traffic.add_argument("--rate", type=float, default=50.0, help="requests a second (default: %(default)s)")
     traffic.add_argument("--minutes", type=float, default=10.0, help="for how long (default: %(default)s)")
+    traffic.add_argument("--batch", type=int, default=1, help="rows in each request (default: %(default)s)")
     for command in (training, traffic):
         command.add_argument("--bundle", type=Path, help="the bundle's directory; by default the live one of this host")
         command.add_argument("--model", help="of a bundle that holds several; by default its first with a reference")
@@ -182,6 +184,8 @@ def _traffic(arguments: argparse.Namespace) -> int:
         raise DriftError(f"--url {arguments.url}: it must begin with http:// or https:// and a host's name")
     if arguments.rate <= 0:
         raise DriftError(f"--rate {arguments.rate:g}: it must be above 0")
+    if arguments.batch < 1:
+        raise DriftError(f"--batch {arguments.batch}: it must be at least 1")
     model = _model(arguments)
     drawn = _drawn(arguments, model.reference)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -190,8 +194,10 @@ def _traffic(arguments: argparse.Namespace) -> int:
     answers: Counter[str] = Counter()
     reported = time.monotonic()
     count = round(arguments.rate * arguments.minutes * 60)
-    for row in _paced(itertools.islice(drawn, count), arguments.rate):
-        answers[_ask(connection, path, list(row.values()))] += 1
+    values = (list(row.values()) for row in drawn)
+    requests = (list(itertools.islice(values, arguments.batch)) for _ in range(count))
+    for request in _paced(requests, arguments.rate):
+        answers[_ask(connection, path, request)] += 1
         if time.monotonic() - reported >= _REPORT_SECONDS:
             reported = time.monotonic()
             print(_summary(answers), flush=True)
@@ -199,10 +205,10 @@ def _traffic(arguments: argparse.Namespace) -> int:
     return 0 if set(answers) == {"200"} else 1
 
 
-def _ask(connection: http.client.HTTPConnection, path: str, row: list[float]) -> str:
+def _ask(connection: http.client.HTTPConnection, path: str, rows: list[list[float]]) -> str:
     """The status of an answer, or what went wrong."""
     try:
-        connection.request("POST", path, json.dumps({"data": row}), {"Content-Type": "application/json"})
+        connection.request("POST", path, json.dumps({"data": rows}), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         answer.read()
     except (OSError, http.client.HTTPException) as error:
@@ -215,7 +221,7 @@ def _summary(answers: Counter[str]) -> str:
     return f"{answers.total()} requests: " + ", ".join(f"{count} {answer}" for answer, count in answers.most_common())
 
 
-def _paced(items: Iterator[dict[str, float]], rate: float) -> Iterator[dict[str, float]]:
+def _paced(items: Iterator[Any], rate: float) -> Iterator[Any]:
     """The items, `rate` of them a second; what took too long is caught up with."""
     began = time.monotonic()
     for number, item in enumerate(items):

@@ -136,9 +136,20 @@ def test_traffic_is_predictions_with_the_shift_that_was_asked_for(box, appliance
     # On a busy machine it takes longer than a second, after which it tells how far it is.
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "200 requests: 200 200")
     assert {path for path, _ in appliance.seen} == {"/v1/model/simplemodel/predict"}
-    x1, x2 = zip(*(row for _, row in appliance.seen), strict=True)
+    x1, x2 = zip(*(row for _, [row] in appliance.seen), strict=True)
     assert statistics.fmean(x1) == pytest.approx(3 * 0.866, abs=0.3)
     assert statistics.fmean(x2) == pytest.approx(0, abs=0.3)
+
+
+def test_a_request_may_bring_many_rows(box, appliance):
+    asked = ("traffic", "--url", appliance.url, "--bundle", box.bundle(), "--rate", 100, "--minutes", 0.1 / 60)
+    done = run(*asked, "--batch", 3, "--seed", 1)
+    assert (done.returncode, done.stdout) == (0, "10 requests: 10 200\n")
+    together = [row for _, rows in appliance.seen for row in rows]
+    assert [len(rows) for _, rows in appliance.seen] == [3] * 10
+    appliance.seen.clear()
+    run(*asked, "--seed", 1)
+    assert together[:10] == [row for _, [row] in appliance.seen]
 
 
 def test_answers_that_are_none_are_told(box, appliance):
@@ -154,6 +165,7 @@ def test_answers_that_are_none_are_told(box, appliance):
         (["--model", "other"], "it has one for: simplemodel"),
         (["--url", "localhost"], "must begin with http:// or https://"),
         (["--rate", "0"], "must be above 0"),
+        (["--batch", "0"], "must be at least 1"),
         (["--bundle", "/nowhere"], "/nowhere/manifest.yaml can't be read"),
     ],
 )
