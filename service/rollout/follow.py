@@ -38,9 +38,8 @@ def _follow(config: Config, seconds: float | None) -> Result:
             state = Routing(config.routing_dir, config.colours).read()
             live = state.live if state else "nothing"
             back = "back on " if present.went_back and live == present.source else ""
-            message = "" if shown else "no rollout is under way; the last one: "
-            message += (
-                f"rollout {present.number} of release {present.target_release}: {present.describe()}; "
+            message = (
+                f"rollout {present.number} of release {present.target_release} is over: {present.describe()}; "
                 f"{back}{live}{'' if back else ' is live'}"
             )
             return Result(message, ok=well, changed=well, exit_status=0 if well else 1, details=details)

@@ -390,9 +390,10 @@ class Rollouts:
 
     def _check_way_back(self, present: Plan, reason: str) -> None:
         """Raise Failed where the old colour is worse off than the new one, and end the plan."""
-        problem = None
-        if self.engine.number_on(present.source) != present.source_release:
-            problem = f"{present.source} doesn't hold release {present.source_release} any more"
+        problem, release = None, present.source_release
+        # Which release the old colour had may not have been known.
+        if release is not None and self.engine.number_on(present.source) != release:
+            problem = f"{present.source} doesn't hold release {release} any more"
         else:
             source = self._status(present.source)
             # The new colour may hang: it is asked only where that matters.
@@ -523,9 +524,9 @@ class Rollouts:
     def _stay(self, present: Plan, state: State, reason: str) -> Result:
         """End a promotion that died before its switch, where users mustn't lose the share that they have."""
         stays = present._replace(phase=plan.CANARY, before=state.number, state=state.number)
-        if present.before == present.first:
+        if not present.steps or present.before == present.first:
             # The share is one that was given by hand before.
-            text = self.end(stays, plan.ABORTED, reason).describe()
+            text = f"{self.end(stays, plan.ABORTED, reason).describe()}: 'appliance swap' gives it to all"
         else:
             text = f"{self._write(stays).describe(state)}: {reason}"
         details = {"live": state.live, "state": state.number, "release": present.target_release}

@@ -145,6 +145,24 @@ def test_a_request_chooses_for_itself(edge, split, headers, track):
     assert colour(edge.ask(headers=headers)) == {"live": "blue", "idle": "green"}[track or drawn]
 
 
+@pytest.mark.parametrize("live", ["blue", "green"])
+def test_one_look_says_who_serves(edge, live):
+    users = [f"user-{number}" for number in range(50)]
+    edge.route(live, split=25)
+    before = colours_of(edge, users)
+    assert set(before.values()) == {"blue", "green"}
+    # What all other requests go by.
+    others = [edge.routing.current / live, edge.routing.current / "split"]
+    for path in others:
+        path.rename(f"{path}-hidden")
+
+    assert colours_of(edge, users) == before
+    assert edge.ask(headers={"X-Model-Track": "live"}).status == 503
+
+    for path in others:
+        Path(f"{path}-hidden").rename(path)
+
+
 def test_maintenance(edge):
     edge.route("blue", maintenance=True)
 

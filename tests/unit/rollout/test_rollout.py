@@ -288,10 +288,12 @@ def test_a_promotion_that_was_killed_keeps_its_users_where_the_old_colour_is_dea
     dry = rollout.run("rollback", "--dry-run")
     assert dry.status == 1 and "who would lose it" in dry.message
     monkeypatch.setenv("SERVICE_RESULT", "signal")
-    before = len(rollout.host.calls)
-    settled = rollout.run("watch", "--settle")
+    before, pauses = len(rollout.host.calls), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", pauses.append)
+        settled = rollout.run("watch", "--settle")
     assert settled.status == 0 and "green (release 2) serves 50 % of users" in settled.message, settled.message
-    assert WATCH in rollout.host.calls[before:]
+    assert WATCH in rollout.host.calls[before:] and pauses == [10.0]
     assert (rollout.state.live, rollout.state.split, present(rollout).phase) == ("blue", 50, plan.CANARY)
     assert rollout.run("promote").status == 0
     carry_out(rollout)
@@ -342,7 +344,10 @@ def test_a_swap_that_was_killed_leaves_a_share_by_hand_where_the_old_colour_is_d
     rollout.run("split", "25")
     rollout.host.stop("blue")
     killed_before_its_switch(rollout)
-    carry_out(rollout)
+    # Whatever else was changed meanwhile.
+    plan.write(rollout.state_dir / "rollout.json", present(rollout)._replace(before=rollout.state.number))
+    told = carry_out(rollout).message
+    assert told.endswith("who would lose it: 'appliance swap' gives it to all"), told
     assert (rollout.state.live, rollout.state.split, present(rollout).phase) == ("blue", 25, plan.ABORTED)
 
 
@@ -370,13 +375,17 @@ def test_a_share_on_a_degraded_colour_goes_live_once_it_is_ready(rollout):
         assert refused.status == 1 and refused.message.endswith("gives it to all once it is ready"), refused.message
 
 
-def test_an_old_colour_whose_release_wasnt_known_is_a_way_back(rollout):
+@pytest.mark.parametrize("begin", ["canary", "bake"])
+def test_an_old_colour_whose_release_wasnt_known_is_a_way_back(rollout, begin):
     faulty(rollout, "some-500")
-    rollout.configure(canary_step_seconds=20)
-    canary(rollout, "--steps", "50,100")
+    rollout.configure(canary_step_seconds=20, bake_seconds=20)
+    if begin == "canary":
+        canary(rollout, "--steps", "50,100")
+    else:
+        assert rollout.run("swap").status == 0
     plan.write(rollout.state_dir / "rollout.json", present(rollout)._replace(source_release=None))
     carry_out(rollout)
-    assert (rollout.state.split, present(rollout).phase) == (0, plan.ROLLED_BACK)
+    assert (rollout.state.live, rollout.state.split, present(rollout).phase) == ("blue", 0, plan.ROLLED_BACK)
 
 
 def test_without_data_it_waits_and_then_goes_back(rollout):
