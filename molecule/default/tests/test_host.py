@@ -61,9 +61,11 @@ def test_nginx_runs_our_configuration(host):
     shown = host.run("nginx -T").stdout
     assert "upstream model_blue" in shown
     assert shown.count("default_server") == 1
-    # The first colour is looked at again after the second, or a rename between two looks would find neither.
-    looks = re.findall(r"if \(-f /var/lib/appliance/routing/current/(\w+)\)", shown)
-    assert [look for look in looks if look != "maintenance"] == ["blue", "green", "blue"]
+    # Wherever it is asked which colour is live, the first is looked at again after the second, or a rename between two
+    # looks would find neither.
+    asked = shown.split("set $appliance_live none;")[1:]
+    looks = [re.findall(r"if \(-f /var/lib/appliance/routing/current/(blue|green)\)", part) for part in asked]
+    assert looks == [["blue", "green", "blue"]] * 4
     # -T reads the file; the workers that serve must be younger than it (seconds are rounded).
     written = int(host.check_output("stat --format %Y /etc/nginx/nginx.conf"))
     rows = host.check_output("date +%s; ps -o etimes=,args= --ppid $(cat /run/nginx.pid)").splitlines()
