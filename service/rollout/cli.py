@@ -447,7 +447,9 @@ def _watch(config: configuration.Config, engine: Engine, *, settle: bool) -> Res
     if ended in _KILLED and plan.under_way(config.rollout_file, engine.routing.read()):
         # Its users stay where they are while the old colour is dead, and are judged meanwhile.
         time.sleep(_RESTART_SECONDS)
-        complaint = host.start_soon(config.rollout_unit)
+        if host.shutting_down() or plan.under_way(config.rollout_file, engine.routing.read()) is None:
+            return settled
+        complaint = host.start_soon(config.rollout_unit, unless_stopped=True)
         progress(f"{config.rollout_unit} can't be started: {complaint}" if complaint else "its watch is started again")
     return settled
 

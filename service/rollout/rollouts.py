@@ -363,8 +363,12 @@ class Rollouts:
         """Raise Refused where the live colour is worse off than the one that has a share of its users."""
         better = self._better_off(state)
         if better:
-            when = "" if self._status(self.config.other(state.live)) == "ready" else " once it is ready"
-            raise Refused(f"{better}: 'appliance {command}' gives it to all{when}")
+            raise Refused(f"{better}: {self._to_all(state, command)}")
+
+    def _to_all(self, state: State, command: str) -> str:
+        """What gives the idle colour all users; `promote` and `swap` ask for more than a share does."""
+        when = "" if self._status(self.config.other(state.live)) == "ready" else " once it is ready"
+        return f"'appliance {command}' gives it to all{when}"
 
     def _better_off(self, state: State) -> str | None:
         """Why users who have a share of the idle colour would lose by going back, or None."""
@@ -526,7 +530,7 @@ class Rollouts:
         stays = present._replace(phase=plan.CANARY, before=state.number, state=state.number)
         if not present.steps or present.before == present.first:
             # The share is one that was given by hand before.
-            text = f"{self.end(stays, plan.ABORTED, reason).describe()}: 'appliance swap' gives it to all"
+            text = f"{self.end(stays, plan.ABORTED, reason).describe()}: {self._to_all(state, 'swap')}"
         else:
             text = f"{self._write(stays).describe(state)}: {reason}"
         details = {"live": state.live, "state": state.number, "release": present.target_release}

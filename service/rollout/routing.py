@@ -76,7 +76,7 @@ class Routing:
         name = os.path.basename(target)
         if os.path.dirname(target) != "states" or not _NUMBER.fullmatch(name):
             raise self._broken(f"points to {target}, not to states/<number>")
-        # nginx goes by the flag files alone, so they decide here too.
+        # nginx never reads state.json, so it doesn't decide here either.
         flags = [colour for colour in self._colours if (directory / colour).is_file()]
         if len(flags) != 1:
             raise self._broken(f"leads to {len(flags)} flag files of {' and '.join(self._colours)} instead of one")

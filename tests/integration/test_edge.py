@@ -156,11 +156,12 @@ def test_one_look_says_who_serves(edge, live):
     for path in others:
         path.rename(f"{path}-hidden")
 
-    assert colours_of(edge, users) == before
-    assert edge.ask(headers={"X-Model-Track": "live"}).status == 503
-
-    for path in others:
-        Path(f"{path}-hidden").rename(path)
+    try:
+        assert colours_of(edge, users) == before
+        assert edge.ask(headers={"X-Model-Track": "live"}).status == 503
+    finally:
+        for path in others:
+            Path(f"{path}-hidden").rename(path)
 
 
 def test_maintenance(edge):
