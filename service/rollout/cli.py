@@ -6,7 +6,6 @@ import argparse
 import importlib
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -42,10 +41,6 @@ or step by step, compared with the live colour, and back by itself where it does
 
 
 _TURN_SECONDS = 5.0
-# What systemd says of a watch that didn't end by itself, nor because somebody stopped it.
-_KILLED = ("signal", "core-dump", "oom-kill")
-# Before such a watch is started again, so that one which is killed each time doesn't keep the host busy.
-_RESTART_SECONDS = 10.0
 _URGENT = ("rollback", "abort", "pause", "resume", "promote", "maintenance")
 
 
@@ -443,15 +438,7 @@ def _watch(config: configuration.Config, engine: Engine, *, settle: bool) -> Res
     engine.lock_wait = max(engine.lock_wait, 60.0)
     if plan.under_way(config.rollout_file, engine.routing.read()) is None:
         return Result("no rollout is under way")
-    settled = engine.run("rollback", lambda: Rollouts(engine).settle(why))
-    if ended in _KILLED and plan.under_way(config.rollout_file, engine.routing.read()):
-        # Its users stay where they are while the old colour is dead, and are judged meanwhile.
-        time.sleep(_RESTART_SECONDS)
-        if host.shutting_down() or plan.under_way(config.rollout_file, engine.routing.read()) is None:
-            return settled
-        complaint = host.start_soon(config.rollout_unit, unless_stopped=True)
-        progress(f"{config.rollout_unit} can't be started: {complaint}" if complaint else "its watch is started again")
-    return settled
+    return engine.run("rollback", lambda: Rollouts(engine).settle(why))
 
 
 def _short(text: str | None) -> str | None:

@@ -110,14 +110,10 @@ def shutting_down() -> bool:
         return False
 
 
-def start_soon(unit: str, *, unless_stopped: bool = False) -> str | None:
-    """Have a unit started without waiting for it. Returns systemd's complaint, or None; raises nothing.
-
-    `unless_stopped`: somebody who is just having it stopped gets their way, which is a complaint.
-    """
-    mode = ["--job-mode=fail"] if unless_stopped else []
+def start_soon(unit: str) -> str | None:
+    """Have a unit started without waiting for it. Returns systemd's complaint, or None; raises nothing."""
     try:
-        answer = run(["systemctl", "start", "--no-block", *mode, unit], _URGENT_SECONDS)
+        answer = run(["systemctl", "start", "--no-block", unit], _URGENT_SECONDS)
     except Failed as fault:
         return fault.message
     return None if answer.returncode == 0 else tidy(answer.stderr) or f"exit status {answer.returncode}"

@@ -206,6 +206,28 @@ def test_a_watch_that_is_killed_sends_traffic_back(good_is_live, place, engine, 
     assert engine("history -n 5")["entries"][-1]["cause"] == "unwatched"
 
 
+def test_a_watch_that_is_killed_comes_back_where_the_old_colour_is_dead(good_is_live, place, engine, host, eventually):
+    status = engine("status")
+    live = status["live"]
+    place("20.0.1" if status["colours"][live]["version"] == "20.0.0" else "20.0.0")
+    assert engine("swap --strategy canary --detach")["rc"] == 0
+    assert engine("pause")["rc"] == 0
+    show = "systemctl show --property=MainPID --value appliance-rollout"
+    eventually(lambda: host.run("systemctl is-active appliance-rollout").stdout.strip() == "active")
+    watched_by = host.check_output(show)
+    host.check_output(f"systemctl stop model@{live}")
+    try:
+        host.check_output("systemctl kill --signal=KILL --kill-whom=main appliance-rollout")
+        eventually(lambda: host.check_output(show) not in ("0", watched_by), 60, "the watch's return")
+        status = engine("status")
+        assert (status["live"], status["rollout"] is not None) == (live, True) and status["split"]
+    finally:
+        host.check_output(f"systemctl start model@{live}")
+    eventually(lambda: engine("status")["colours"][live]["status"] == "ready", 60)
+    assert engine("abort")["rc"] == 0
+    assert engine("status")["live"] == live and not engine("status")["split"]
+
+
 @pytest.mark.parametrize("unit", ["docker", "nginx"])
 def test_a_canary_survives_what_hits_both_colours(good_is_live, place, engine, host, eventually, unit):
     live = engine("status")["live"]
